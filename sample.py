@@ -1,0 +1,67 @@
+"""
+Generate text from a trained model.
+
+  python sample.py --out_dir=out/quickstart --prompt="def " --max_new_tokens=300 --temperature=0.8 --top_k=50
+"""
+import argparse
+import codecs
+import sys
+
+import torch
+
+from checkpoint import newest_checkpoint
+from data import get_encoding
+from model import GPT, GPTConfig
+
+
+def load_model(out_dir):
+    """(model, encoding, step) of the newest whole checkpoint in out_dir."""
+    found = newest_checkpoint(out_dir, say=lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint in {out_dir}: train first (python train.py configs/quickstart.py), or set --out_dir")
+    _, state = found
+    model = GPT(GPTConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.eval(), get_encoding(state["tokenizer"]), state["step"]
+
+
+def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=50, seed=0):
+    """Print the prompt and its continuation, piece by piece as it comes, up to <|endoftext|>."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = encoding.encode(prompt, disallowed_special=()) or [encoding.eot_token]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
+    print(prompt, end="", flush=True)
+    for token in model.generate(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, generator):
+        if token.item() == encoding.eot_token:
+            break
+        known = token.item() < encoding.n_vocab  # the model's vocabulary may be padded
+        print(decoder.decode(encoding.decode_single_token_bytes(token.item())) if known else "\ufffd", end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", default="out/quickstart", help="the run folder (default: out/quickstart)")
+    parser.add_argument("--prompt", default="\n", help="text to continue")
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=300)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0: among all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 0:
+            raise ValueError("--temperature, --top_k and --max_new_tokens cannot be negative")
+        model, encoding, step = load_model(args.out_dir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    model.to(args.device)
+    for i in range(args.num_samples):
+        print(f"--- sample {i + 1} after {step} steps, seed {args.seed + i} ---")
+        stream_text(model, encoding, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed + i)
+
+
+if __name__ == "__main__":
+    main()
