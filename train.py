@@ -140,12 +140,12 @@ def load_config(argv):
 
 def read_config_file(path):
     """{key: value} of the assignments in a config file; names that start with _ are the file's own business."""
+    if not Path(path).is_file():
+        raise ValueError(f"config file not found: {path}")
     try:
         names = runpy.run_path(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"config file not found: {error.filename or path}") from None
-    except Exception as error:
-        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from None
+    except Exception as error:  # it is the user's code: anything can happen in it
+        raise ValueError(f"{path} does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
     return {known_key(name, path): value for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
@@ -542,6 +542,8 @@ def train(config, process):
         if encoding:
             say(f"\na sample, with the prompt {config.sample_prompt!r}:\n" + "-" * 80)
             stream_text(raw_model.eval(), encoding, config.sample_prompt, config.sample_tokens)
+    if process.count > 1:
+        dist.barrier()  # leave together: a process that is gone looks like a failure to the others
     return 0
 
 

@@ -1,0 +1,77 @@
+"""Shared by all tests: a tiny model, a tiny dataset made by prepare_data, and a way to run the real programs."""
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from norms import named_scale_vectors
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT.parent / "shared" / "tiktoken_cache"
+if FIXTURES.is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(FIXTURES))
+
+TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, init_std=0.0)
+UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="ordinary")
+
+
+def tiny_gpt(dtype=torch.float32, seed=0, **keys):
+    """A two-layer GPT with random matrices; scale vectors as they start."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**TINY, **keys})).to(dtype)
+
+
+def randomize_scales(model, seed=1):
+    """Move every scale vector away from all ones, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, scale in named_scale_vectors(model):
+            for p in scale.parameters():
+                p += 0.4 * torch.randn(p.shape, generator=generator).to(p)
+    return model
+
+
+def tiny_batch(seed=0, batch=3, length=16, vocab=61):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (2, batch, length), generator=generator)
+
+
+def write_texts(folder, documents=300, seed=0):
+    """Small text files of our own: sums that a model can learn something of."""
+    rng, folder = random.Random(seed), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for d in range(documents):
+        lines = [f"{a} + {b} = {a + b}" for a, b in ((rng.randrange(50), rng.randrange(50)) for _ in range(12))]
+        (folder / f"{d:04d}.txt").write_text(f"sums, part {d}\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def dataset(texts, tmp_path_factory):
+    """A byte-level dataset of about 60,000 tokens."""
+    from prepare_data import find_files, prepare
+    out = tmp_path_factory.mktemp("data") / "sums"
+    prepare(find_files([texts]), out, "bytes", "sums", val_fraction=0.1)
+    return out
+
+
+def run(program, *args, processes=0, check=True, **kwargs):
+    """Run one of the project's programs as a user would. processes > 0: under torchrun."""
+    command = [sys.executable, program, *map(str, args)]
+    if processes:
+        command[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}, **kwargs)
+    if check:
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done

@@ -1,0 +1,190 @@
+"""
+Proves that the three shard formats give their tokens, that damage is told from data, and that the order of training is a
+permutation that depends on nothing but seed and sample number.
+"""
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import FIXTURES, run
+
+from data import MAGIC, Dataset, Split, get_encoding, open_shard, permute, shard_header, window_numbers
+
+
+def llmc_shard(path, tokens):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes())
+    return path
+
+
+def test_three_formats(tmp_path):
+    tokens = np.arange(1000) * 50
+    (tmp_path / "train.bin").write_bytes(tokens.astype(np.uint16).tobytes())
+    (tmp_path / "a.bin").write_bytes(shard_header(1000, 2) + tokens.astype(np.uint16).tobytes())
+    (tmp_path / "b.bin").write_bytes(shard_header(1000, 4) + (tokens * 4).astype(np.uint32).tobytes())
+    llmc_shard(tmp_path / "c.bin", tokens)
+    for name, expected in (("train.bin", tokens), ("a.bin", tokens), ("b.bin", tokens * 4), ("c.bin", tokens)):
+        assert np.array_equal(open_shard(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.bin", b"\x01\x00\x00\x00" * 300, r"wrong magic 1: expected 20260526 \(ours\) or 20240520 \(llm.c\)"),
+    ("x.bin", b"", "wrong magic 0"),
+    ("x.bin", b"\x07", "wrong magic"),
+    ("val.bin", b"", "0 bytes are no sequence"),
+    ("train.bin", b"abc", "3 bytes are no sequence of uint16"),
+    ("x.bin", shard_header(100, 2) + bytes(150), r"truncated or damaged: .* promises 100 tokens, 1,224 bytes, and the file has 1,174"),
+    ("x.bin", shard_header(100, 2)[:500], "truncated or damaged"),
+    ("x.bin", shard_header(100, 2) + bytes(250), "truncated or damaged"),
+    ("x.bin", shard_header(0, 2), "truncated or damaged"),
+    ("x.bin", shard_header(-5, 2), "truncated or damaged"),
+    ("x.bin", shard_header(100, 3) + bytes(300), "3 bytes a token"),
+    ("x.bin", np.array([MAGIC, 2, 10, 2] + [0] * 252, dtype=np.int32).tobytes() + bytes(20), "version 2"),
+])
+def test_damaged_shards(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        open_shard(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_windows_overlap_by_one_and_stay_within_a_shard(tmp_path):
+    paths = [llmc_shard(tmp_path / "a_train_0.bin", range(0, 25)), llmc_shard(tmp_path / "a_train_1.bin", range(100, 109)),
+             llmc_shard(tmp_path / "a_train_2.bin", range(200, 204))]
+    split = Split(paths, block_size=8)
+    assert len(split) == 3 + 1 + 0 and split.tokens == 38
+    x, y = split[[3, 0, 2]]
+    assert x.dtype == y.dtype == np.int64
+    assert x.tolist() == [list(range(100, 108)), list(range(0, 8)), list(range(16, 24))]
+    assert y.tolist() == [list(range(101, 109)), list(range(1, 9)), list(range(17, 25))]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 4097, 65537])
+def test_permute_is_a_permutation(n):
+    image = permute(np.arange(n), n, [7, 0])
+    assert np.array_equal(np.sort(image), np.arange(n))
+    assert np.array_equal(permute([n - 1, 0], n, [7, 0]), image[[n - 1, 0]])  # entry by entry, whatever else is asked for
+    if n > 100:
+        other = permute(np.arange(n), n, [7, 1])
+        assert (image == other).mean() < 0.05 and (image == np.arange(n)).mean() < 0.05
+
+
+def test_permute_looks_random():
+    """Neighbours are scattered: correlations of order 1/sqrt(n), and every tenth of the range is hit evenly from any tenth."""
+    n = 100_000
+    image = permute(np.arange(n), n, [3, 0]).astype(float)
+    for lag in (1, 2, 16, 256):
+        assert abs(np.corrcoef(image[:-lag], image[lag:])[0, 1]) < 5 / np.sqrt(n)
+    counts = np.histogram2d(np.arange(n), image, bins=10)[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 200  # chi-square with 81 degrees of freedom: mean 81, deviation 13
+
+
+def test_an_epoch_sees_every_window_once_and_the_next_in_another_order():
+    n = 103
+    samples = window_numbers(0, 3 * n, n, seed=5).reshape(3, n)
+    for epoch in samples:
+        assert np.array_equal(np.sort(epoch), np.arange(n))
+    assert (samples[0] != samples[1]).any() and (samples[1] != samples[2]).any()
+    assert (window_numbers(0, n, n, seed=6) != samples[0]).any()
+
+
+def test_the_order_is_the_same_however_it_is_cut():
+    whole = window_numbers(0, 240, 57, seed=1)
+    for size in (1, 7, 16):
+        parts = np.concatenate([window_numbers(first, min(size, 240 - first), 57, seed=1) for first in range(0, 240, size)])
+        assert np.array_equal(parts, whole)
+
+
+def test_foreign_folders(tmp_path):
+    tokens = np.arange(500) % 90
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(tokens.astype(np.uint16).tobytes())
+    assert len(Dataset(tmp_path, 16, 50304).train) == 31
+    fineweb = tmp_path / "fineweb"
+    fineweb.mkdir()
+    for name in ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"):
+        llmc_shard(fineweb / name, tokens)
+    dataset = Dataset(fineweb, 16, 50304)
+    assert (len(dataset.train), len(dataset.val), dataset.tokenizer) == (62, 31, "gpt2")
+    with pytest.raises(ValueError, match="token id 89 is beyond vocab_size=80"):
+        Dataset(fineweb, 16, 80)
+    with pytest.raises(ValueError, match="token id 8[0-9] is beyond vocab_size=80"):  # too big to be read at the start: caught in use
+        Dataset(fineweb, 16, 80, verify=False).train[list(range(10))]
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+def test_our_folder(dataset):
+    opened = Dataset(dataset, 16, 257)
+    meta = json.loads((dataset / "meta.json").read_text())
+    assert (opened.train.tokens, opened.val.tokens) == tuple(meta["splits"][s]["tokens"] for s in ("train", "val"))
+    text = bytes((opened.val.shards[0][:2000] % 256).astype(np.uint8)).decode()
+    assert "sums, part" in text and " + " in text
+    documents = meta["splits"]["val"]["documents"]
+    assert opened.val_bytes_per_token == (opened.val.tokens - documents) / opened.val.tokens
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no dataset at .*nothing: make it with `python prepare_data.py PATH... --out "):
+        Dataset(tmp_path / "nothing", 16)
+    with pytest.raises(FileNotFoundError, match="holds no train shard"):
+        Dataset(tmp_path, 16)
+
+
+def test_checksum_mismatch(copy):
+    path = copy / "train_000000.bin"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="train_000000.bin: checksum mismatch"):
+        Dataset(copy, 16, 257)
+
+
+def test_meta_and_shards_disagree(copy):
+    meta = json.loads((copy / "meta.json").read_text())
+    with pytest.raises(ValueError, match=r"token ids up to 256 \(bytes\), beyond the model's vocab_size=200: set --vocab_size=257"):
+        Dataset(copy, 16, 200)
+    with pytest.raises(ValueError, match="val split has .* less than one window of block_size=5000"):
+        Dataset(copy, 5000, 257)
+    meta["splits"]["val"]["shards"][0]["tokens"] += 1
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="meta.json says"):
+        Dataset(copy, 16, 257)
+    (copy / "val_000000.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="val_000000.bin is listed in meta.json and missing"):
+        Dataset(copy, 16, 257)
+    for text in ("{", "{}", "[]", '{"splits": {"train": 1}}', "null"):
+        (copy / "meta.json").write_text(text)
+        with pytest.raises(ValueError, match="meta.json is damaged"):
+            Dataset(copy, 16, 257)
+
+
+def test_bytes_encoding_is_utf8():
+    encoding, text = get_encoding("bytes"), "γ = β·α <|endoftext|>\r\n" + "x" * 1000
+    assert encoding.encode(text, disallowed_special=()) == list(text.encode())
+    assert encoding.decode(list(text.encode())) == text and encoding.eot_token == 256 and encoding.n_vocab == 257
+
+
+def test_unknown_and_unreachable_encodings(tmp_path):
+    with pytest.raises(ValueError, match="unknown encoding 'gpt3': choose bytes or one of .*gpt2"):
+        get_encoding("gpt3")
+    (tmp_path / "a.txt").write_text("some text")
+    closed = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = run("prepare_data.py", tmp_path / "a.txt", "--out", tmp_path / "out", check=False, env=closed)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "TIKTOKEN_CACHE_DIR" in done.stderr and "--encoding bytes" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="GPT-2's vocabulary files are not at hand")
+def test_bytes_per_token_of_foreign_shards(tmp_path):
+    encoding, text = get_encoding("gpt2"), "The scale of a vector is a vector's scale. " * 50
+    tokens = encoding.encode(text) + [encoding.eot_token]
+    for name in ("x_train_0.bin", "x_val_0.bin"):
+        llmc_shard(tmp_path / name, tokens)
+    assert Dataset(tmp_path, 16, 50304).val_bytes_per_token == pytest.approx(len(text) / len(tokens), rel=1e-12)

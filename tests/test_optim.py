@@ -1,0 +1,142 @@
+"""
+Proves that every parameter is in exactly one group, that each policy decays exactly the vectors it names (watched in a
+real step), that Muon and AdamW step as torch.optim's do alone, and that the schedules are their formulas.
+"""
+import math
+
+import pytest
+import torch
+from conftest import UNIFIED, randomize_scales, tiny_batch, tiny_gpt
+
+from norms import named_scale_vectors
+from optim import SCALE_DECAY_POLICIES, cosine, make_optimizer, param_groups, wsd
+
+MODELS = [{}, UNIFIED, {"tie_embeddings": True}, {"qk_norm": True, "post_norm": True}, {"scale_vectors": False},
+          {"scale_placement": "dual", "scale_reparam": "exponential", "scale_placement_on": "q,o,down"}]
+# what the policy must decay, by role, written without optim.py
+EXPECTED = {"none": lambda s: False, "all": lambda s: True, "absorbable": lambda s: s.absorbable,
+            "input_norm": lambda s: not s.output_norm, "not_absorbable": lambda s: not s.absorbable}
+
+
+@pytest.mark.parametrize("policy", SCALE_DECAY_POLICIES)
+@pytest.mark.parametrize("keys", MODELS, ids=str)
+def test_a_step_with_no_gradient_decays_exactly_the_named_parameters(keys, policy):
+    model = randomize_scales(tiny_gpt(torch.float64, **keys))
+    groups = param_groups(model, weight_decay=0.1, scale_weight_decay=policy, decay_embeddings=False)
+    listed = [p for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed)) and set(listed) == set(model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    decayed = {f"{name}.{part}" for name, scale in named_scale_vectors(model) if EXPECTED[policy](scale)
+               for part, _ in scale.named_parameters()}
+    decayed |= {name for name in before if "scale" not in name and "_norm" not in name and name != "embedding.weight"}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    make_optimizer(groups, lr=0.5).step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in decayed else 1.0), rtol=1e-12, atol=0, msg=name)
+
+
+def test_every_policy_is_tested_and_unknown_ones_are_refused():
+    assert set(SCALE_DECAY_POLICIES) == set(EXPECTED)
+    with pytest.raises(ValueError, match="scale_weight_decay='iwd' is unknown: choose one of none, all, absorbable"):
+        param_groups(tiny_gpt(), 0.1, "iwd")
+    with pytest.raises(ValueError, match="optimizer='adam' is unknown: choose one of adamw, muon"):
+        make_optimizer(param_groups(tiny_gpt(), 0.1), "adam")
+
+
+def test_embeddings_decay_as_configured():
+    for wanted in (True, False):
+        group = next(g for g in param_groups(tiny_gpt(), 0.1, decay_embeddings=wanted) if g["name"] == "embedding")
+        assert group["weight_decay"] == (0.1 if wanted else 0.0)
+
+
+def test_a_parameter_without_a_role_is_refused():
+    model = tiny_gpt()
+    model.layers[0].bias = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"layers.0.bias of shape \(3,\) fits no group"):
+        param_groups(model, 0.1)
+
+
+def train_steps(model, optimizer, steps=3):
+    idx, targets = tiny_batch()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(idx, targets)[1].backward()
+        optimizer.step()
+
+
+def test_muon_is_torchs_muon_for_the_matrices_and_adamw_for_the_rest():
+    ours, theirs = tiny_gpt(**UNIFIED), tiny_gpt(**UNIFIED)
+    train_steps(ours, make_optimizer(param_groups(ours, 0.1, "absorbable"), "muon", lr=0.01))
+    hidden = [p for name, p in theirs.named_parameters() if ".weight." in name and name.startswith("layers.")]
+    decayed = {p for _, s in named_scale_vectors(theirs) if s.absorbable for p in s.parameters()}
+    decayed |= {theirs.embedding.weight, theirs.head.weight["head"]}
+    rest = [p for p in theirs.parameters() if not any(p is h for h in hidden) and p not in decayed]
+    muon = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([{"params": list(decayed), "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                              lr=0.01, betas=(0.9, 0.95))
+    idx, targets = tiny_batch()
+    for _ in range(3):
+        theirs.zero_grad()
+        theirs(idx, targets)[1].backward()
+        muon.step()
+        adamw.step()
+    assert len(hidden) == 2 * 7
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_state_survives_a_file(name, tmp_path):
+    straight, stopped, resumed = (tiny_gpt(**UNIFIED) for _ in range(3))
+    train_steps(straight, make_optimizer(param_groups(straight, 0.1), name), steps=4)
+    optimizer = make_optimizer(param_groups(stopped, 0.1), name)
+    train_steps(stopped, optimizer, steps=2)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed.load_state_dict(stopped.state_dict())
+    optimizer = make_optimizer(param_groups(resumed, 0.1), name)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train_steps(resumed, optimizer, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+
+
+def test_cosine_is_torchs():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=3e-4)
+    for step in range(10, 101):
+        assert math.isclose(cosine(step, 3e-3, 100, 10, 3e-4), scheduler.get_last_lr()[0], rel_tol=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", [cosine, wsd])
+def test_warmup_is_linear_and_never_zero(schedule):
+    assert [schedule(s, 1.0, 100, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule(0, 1.0, 100, 0) == 1.0
+    assert schedule(150, 1.0, 100, 4, 0.1) == 0.1
+
+
+@pytest.mark.parametrize("shape, quarter", [("linear", 0.75), ("cosine", 0.5 + 0.5 * math.cos(math.pi / 4)), ("sqrt", 0.5)])
+def test_wsd(shape, quarter):
+    lr = [wsd(s, 1.0, 100, 10, 0.0, decay_share=0.4, decay_shape=shape) for s in range(101)]
+    assert lr[9:61] == [1.0] * 52
+    assert math.isclose(lr[70], quarter)
+    assert lr[100] == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in zip(lr[60:], lr[61:]))
+    assert wsd(70, 1.0, 100, 10, 0.2, 0.4, shape) == pytest.approx(0.2 + 0.8 * quarter)
+    with pytest.raises(ValueError, match="decay_shape='step' is unknown"):
+        wsd(70, 1.0, 100, decay_shape="step")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_cuda_fused_step_agrees_with_the_cpu(name):
+    cpu, gpu = tiny_gpt(**UNIFIED), tiny_gpt(**UNIFIED).cuda()
+    idx, targets = tiny_batch()
+    for model, fused in ((cpu, False), (gpu, True)):
+        optimizer = make_optimizer(param_groups(model, 0.1, "absorbable"), name, lr=1e-3, fused=fused)
+        model(idx.to(model.cos.device), targets.to(model.cos.device))[1].backward()
+        optimizer.step()
+    for (key, a), b in zip(cpu.named_parameters(), gpu.parameters()):
+        assert (a - b.cpu()).norm() <= 0.02 * a.norm(), key  # Muon orthogonalizes in bfloat16
