@@ -14,7 +14,7 @@ init_std = 0  # 1/sqrt(n_embd): 0.02 is too small for so small a model
 # 1.2M tokens, about 100 seconds on two cores
 batch_size = 8
 max_iters = 600
-learning_rate = 4e-3
+learning_rate = 2e-3
 warmup_iters = 30
 
 eval_interval = 200
