@@ -89,7 +89,8 @@ def main(argv=None):
     todo = sum(not is_finished(folder, config) for _, _, folder, _, config in planned)
     for config, values, folder, arguments, resolved in planned:
         if not is_finished(folder, resolved):
-            program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc_per_node}"] if args.nproc_per_node else []
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc_per_node}"]
+            program = torchrun if args.nproc_per_node else []
             left = f", about {(time.time() - started) / made * (todo - made) / 60:.0f} minutes left" if made else ""
             print(f"[{made + 1}/{todo}] {folder.name}{left}", flush=True)
             done = subprocess.run([sys.executable, *program, "train.py", *arguments, "--overwrite"], cwd=ROOT, stdout=subprocess.DEVNULL,
