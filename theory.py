@@ -8,6 +8,7 @@ columns. Gradient flow dθ/dt = -∂L/∂θ on the trained parameters moves W̃ 
 function says whose claim its statement is: "paper" (arXiv 2605.26895; its abstract and what readers report), or "our
 derivation". All of it speaks of gradient flow; what of it survives AdamW is measured in figure 7, not proved.
 """
+import functools
 import sys
 import time
 from pathlib import Path
@@ -187,7 +188,7 @@ def figure_placement(plt):
     loss, _, start = regression()
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
     for name, (write, params) in WRITTEN.items():
-        path = gradient_flow(lambda *p, write=write: loss(write(*p)), params(start), time_end=8.0, steps=1600)
+        path = gradient_flow(lambda *p, write=write: loss(write(*p)), params(start), time_end=8.0, steps=800)
         axis.semilogy([t for t, _ in path], [loss(write(*p)).item() for _, p in path], label=name)
     axis.set(xlabel="time", ylabel="loss", title="Gradient flow on one ill-conditioned regression (condition 1000)")
     axis.legend()
@@ -197,7 +198,7 @@ def figure_placement(plt):
 def figure_hyperbola(plt):
     """2: γ_j against |w_j| while they grow together."""
     loss, _, start = regression()
-    path = gradient_flow(lambda W, v: loss(scale_weight(W, v)), [start, torch.ones(start.size(1), dtype=start.dtype)], 8.0, 1600)
+    path = gradient_flow(lambda W, v: loss(scale_weight(W, v)), [start, torch.ones(start.size(1), dtype=start.dtype)], 8.0, 800)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for j in range(start.size(1)):
         norms, gammas = [p[0][:, j].norm().item() for _, p in path], [p[1][j].item() for _, p in path]
@@ -208,7 +209,7 @@ def figure_hyperbola(plt):
         speed = [gammas[i] ** 2 + norms[i] ** 2 for i in range(len(path))]
         right.semilogy([t for t, _ in path], speed, color=plt.cm.viridis(j / start.size(1)))
     left.set(xlabel="$\\|w_j\\|$", ylabel="$\\gamma_j$", title="Each feature moves on its hyperbola (dotted)")
-    right.set(xlabel="time", ylabel="largest eigenvalue of $P_j$", title="Self-amplification: $\\gamma_j^2 + \\|w_j\\|^2$; bright: rare inputs")
+    right.set(xlabel="time", ylabel="largest eigenvalue of $P_j$", title="Self-amplification; bright: rare inputs")
     return figure
 
 
@@ -219,7 +220,7 @@ def figure_sharpness(plt):
     for decay, color in ((0.0, "C3"), (0.02, "C1"), (0.1, "C0")):
         def both(W, v):
             return loss(scale_weight(W, v))
-        path = gradient_flow(both, [start / 6, 6 * torch.ones(4, dtype=start.dtype)], 20.0, 8000, [decay, decay])[::80]
+        path = gradient_flow(both, [start / 6, 6 * torch.ones(4, dtype=start.dtype)], 20.0, 2000, [decay, decay])[::20]
         label = f"decay {decay:g}"
         left.semilogy([t for t, _ in path], [hessian_trace(both, p).item() for _, p in path], color=color, label=label)
         balance = [conserved(*p).mean().item() for _, p in path]
@@ -241,8 +242,8 @@ def figure_output_norm(plt):
         return 0.5 * (curvature * (gamma - target).square()).sum()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for decay, color in ((0.0, "C7"), (0.05, "C1"), (0.2, "C3")):
-        path = gradient_flow(output, [one], 40.0, 800, [decay])
-        both = gradient_flow(lambda gamma, w: output(gamma * w), [one, one], 40.0, 800, [decay, 0.0])
+        path = gradient_flow(output, [one], 40.0, 400, [decay])
+        both = gradient_flow(lambda gamma, w: output(gamma * w), [one, one], 40.0, 400, [decay, 0.0])
         times = [t for t, _ in path]
         for i in range(3):
             axes[0].plot(times, [p[0][i] for _, p in path], color=color, label=f"decay {decay:g}" if i == 0 else None)
@@ -259,12 +260,12 @@ def figure_output_norm(plt):
 
 
 def sharing_problem(conflict, seed=0):
-    """(loss of [W̃_1, W̃_2], start): two branches read the same features. They agree (both must turn the first half of the features up)
-    or conflict (what one must turn up, the other must turn down to nothing)."""
+    """(loss of W̃_1 and W̃_2, start): two branches read the same features. Branch 1 must double half of them and halve the others.
+    Branch 2 must do the same (they agree) or the opposite (they conflict)."""
     generator = torch.Generator().manual_seed(seed)
     starts = [torch.randn(3, 8, generator=generator, dtype=torch.float64) / 2 for _ in range(2)]
-    up = torch.tensor([3.0] * 4 + [0.0] * 4, dtype=torch.float64)
-    targets = [starts[0] * up, starts[1] * (up.flip(0) if conflict else up)]
+    factor = torch.tensor([2.0] * 4 + [0.5] * 4, dtype=torch.float64)
+    targets = [starts[0] * factor, starts[1] * (factor.flip(0) if conflict else factor)]
     return lambda a, b: 0.5 * ((a - targets[0]).square().sum() + (b - targets[1]).square().sum()), starts
 
 
@@ -274,8 +275,8 @@ def figure_heterogeneity(plt):
     one = torch.ones(8, dtype=torch.float64)
     for axis, conflict in zip(axes, (False, True)):
         loss, (a, b) = sharing_problem(conflict)
-        shared = gradient_flow(lambda A, B, v, loss=loss: loss(A * v, B * v), [a, b, one], 2.0, 400)
-        own = gradient_flow(lambda A, B, v, w, loss=loss: loss(A * v, B * w), [a, b, one, one], 2.0, 400)
+        shared = gradient_flow(lambda A, B, v, loss=loss: loss(A * v, B * v), [a, b, one], 2.0, 200)
+        own = gradient_flow(lambda A, B, v, w, loss=loss: loss(A * v, B * w), [a, b, one, one], 2.0, 200)
         axis.semilogy([t for t, _ in shared], [loss(A * v, B * v).item() for _, (A, B, v) in shared], label="one shared γ")
         axis.semilogy([t for t, _ in own], [loss(A * v, B * w).item() for _, (A, B, v, w) in own], label="a γ each (HG)")
         axis.set(xlabel="time", ylabel="loss", title="the branches " + ("conflict" if conflict else "agree"))
@@ -316,6 +317,7 @@ def adamw_path(loss, params, lr, steps, weight_decay=0.0):
     return path
 
 
+@functools.cache
 def adamw_measurements(seeds=range(5), lrs=(0.1, 0.2, 0.4, 0.8, 1.6), steps=200):
     """Figure 1's problem under AdamW: {way of writing W̃: [best final loss over lrs, for each seed]}, and, for the input side at lr 0.1,
     the drift of the conserved quantity as a share of γ² + |w|² at the end, for each seed."""
@@ -323,7 +325,7 @@ def adamw_measurements(seeds=range(5), lrs=(0.1, 0.2, 0.4, 0.8, 1.6), steps=200)
     for seed in seeds:
         loss, _, start = regression(seed=seed)
         for name, (write, params) in WRITTEN.items():
-            def of(*p, write=write):
+            def of(*p, write=write, loss=loss):
                 return loss(write(*p))
             finals[name].append(min(of(*adamw_path(of, params(start), lr, steps)[-1]).item() for lr in lrs))
             if name.startswith("input"):
@@ -343,7 +345,7 @@ def figure_adamw(plt):
     axes[0].set(xlabel="step", ylabel="loss", title="figure 1's problem under AdamW")
     axes[0].legend(fontsize=7)
     finals, _ = adamw_measurements()
-    for i, (name, values) in enumerate(finals.items()):
+    for i, values in enumerate(finals.values()):
         axes[1].semilogy([i] * len(values), values, "o", color=f"C{i}")
     axes[1].set_xticks(range(3), ["none", "input", "dual"])
     axes[1].set(ylabel="final loss", title="best of five learning rates, five seeds")
@@ -359,7 +361,8 @@ def figure_adamw(plt):
 
 
 FIGURES = {"1_placement": figure_placement, "2_hyperbola": figure_hyperbola, "3_sharpness": figure_sharpness,
-           "4_output_norm": figure_output_norm, "5_heterogeneity": figure_heterogeneity, "6_reparam": figure_reparam, "7_adamw": figure_adamw}
+           "4_output_norm": figure_output_norm, "5_heterogeneity": figure_heterogeneity, "6_reparam": figure_reparam,
+           "7_adamw": figure_adamw}
 
 
 def main(folder="figures"):
