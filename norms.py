@@ -25,6 +25,7 @@ from torch.nn import functional as F
 PLACEMENTS = ("input", "dual", "dual_norm")
 REPARAMS = ("none", "ordinary", "exponential")
 EXECUTIONS = ("weights", "activations")
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the public name came with PyTorch 2.10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def branch_scale_vectors(branches, heterogeneous, make):
     """
     if heterogeneous:
         return {b: make() for b in branches}, {b: b for b in branches}
-    shared = "_".join(branches)
+    shared = "_".join(branches) if len(branches) <= 3 else "shared"
     return {shared: make()}, {b: shared for b in branches}
 
 
@@ -117,52 +118,60 @@ def branch_scale_vectors(branches, heterogeneous, make):
 # master weights), on its way to the compute dtype. That cast reads all of W anyway, so the multiply is nearly free.
 # (Our reading, section "Why it costs nothing" of the README.)
 
+#
+# Experts: W (E, m, d), v (E, d) and u (E, m) hold one map for each expert, and rows = (expert, offsets) says which expert each
+# row of x meets: rows are sorted by expert, expert (N,) is its number, offsets (E,) int32 where each expert's rows end.
+
 def scale_weight(W, v=None, u=None):
-    """W̃ = diag(u) W diag(v) = W ⊙ (u vᵀ). W (m, d), v (d,), u (m,); None stands for all ones.
+    """W̃ = diag(u) W diag(v) = W ⊙ (u vᵀ). W (..., m, d), v (..., d), u (..., m); None stands for all ones.
     Absorption: W̃ x = u ⊙ W (v ⊙ x), so γ adds no function that W could not have, only another way to train it."""
     if v is not None:
-        W = W * v
+        W = W * v.unsqueeze(-2)
     if u is not None:
         W = W * u.unsqueeze(-1)
     return W
 
 
-def scale_activation(x, gamma=None):
-    """γ ⊙ x in x's dtype, multiplied in the wider of the two. None stands for all ones."""
-    return x if gamma is None else (x * gamma).to(x.dtype)
+def scale_activation(x, gamma=None, rows=None):
+    """γ ⊙ x in x's dtype, multiplied in the wider of the two; with rows, each row by its expert's γ. None: all ones."""
+    if gamma is None:
+        return x
+    return (x * (gamma if rows is None else gamma[rows[0]])).to(x.dtype)
 
 
-def fused_linear(x, weights):
-    """[W_b x for b] as one product: x (..., d), weights [(m_b, d)] -> [(..., m_b)]. The cast to x's dtype is here."""
-    W = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return F.linear(x, W.to(x.dtype)).split([w.size(0) for w in weights], dim=-1)
+def fused_linear(x, weights, rows=None):
+    """[W_b x for b] as one product: x (..., d), weights [(m_b, d)] -> [(..., m_b)]. The cast to x's dtype is here.
+    With rows: x (N, d), weights [(E, m_b, d)], each row by its expert's matrix."""
+    W = (weights[0] if len(weights) == 1 else torch.cat(weights, dim=-2)).to(x.dtype)
+    y = F.linear(x, W) if rows is None else grouped_mm(x, W.transpose(-2, -1), offs=rows[1])
+    return y.split([w.size(-2) for w in weights], dim=-1)
 
 
-def input_placement(x, W, v, execution="weights"):
+def input_placement(x, W, v, execution="weights", rows=None):
     """y_b = W_b diag(v_b) x: a scale vector on the input side only. This is the baseline, γ of an Input-Norm.
     x (..., d), W [(m_b, d)], v [(d,) or None] -> [(..., m_b)]."""
     if execution == "weights":
-        return fused_linear(x, [scale_weight(W_b, v_b) for W_b, v_b in zip(W, v)])
+        return fused_linear(x, [scale_weight(W_b, v_b) for W_b, v_b in zip(W, v)], rows)
     if all(v_b is v[0] for v_b in v):  # one shared vector: scale x once and keep the product fused
-        return fused_linear(scale_activation(x, v[0]), W)
-    return [F.linear(scale_activation(x, v_b), W_b.to(x.dtype)) for W_b, v_b in zip(W, v)]
+        return fused_linear(scale_activation(x, v[0], rows), W, rows)
+    return [fused_linear(scale_activation(x, v_b, rows), [W_b], rows)[0] for W_b, v_b in zip(W, v)]
 
 
-def dual_placement(x, W, v, u, execution="weights"):
+def dual_placement(x, W, v, u, execution="weights", rows=None):
     """DP: y_b = u_b ⊙ W_b diag(v_b) x, scale vectors on both sides of the map. Paper.
     x (..., d), W [(m_b, d)], v [(d,) or None], u [(m_b,) or None] -> [(..., m_b)]."""
     if execution == "weights":
-        return fused_linear(x, [scale_weight(W_b, v_b, u_b) for W_b, v_b, u_b in zip(W, v, u)])
-    return [scale_activation(y_b, u_b) for y_b, u_b in zip(input_placement(x, W, v, execution), u)]
+        return fused_linear(x, [scale_weight(W_b, v_b, u_b) for W_b, v_b, u_b in zip(W, v, u)], rows)
+    return [scale_activation(y_b, u_b, rows) for y_b, u_b in zip(input_placement(x, W, v, execution, rows), u)]
 
 
-def dual_norm_placement(x, W, v, u, width, eps=1e-6, execution="weights"):
+def dual_norm_placement(x, W, v, u, width, eps=1e-6, execution="weights", rows=None):
     """DNP: y_b = u_b ⊙ Norm(W_b diag(v_b) x), a normalization between the map and its output-side vector. Paper;
     that Norm runs over groups of `width` channels (a head for q, k, v; the whole vector for gate and up) is our reading.
     x (..., d), W [(m_b, d)], v [(d,) or None], u [(m_b,) or None] -> [(..., m_b)]; width divides every m_b."""
-    y = input_placement(x, W, v, execution)
+    y = input_placement(x, W, v, execution, rows)
     normed = [rms_norm(y_b.unflatten(-1, (-1, width)), eps).flatten(-2) for y_b in y]
-    return [scale_activation(n_b, u_b) for n_b, u_b in zip(normed, u)]
+    return [scale_activation(n_b, u_b, rows) for n_b, u_b in zip(normed, u)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,12 +204,12 @@ class ScaledLinear(nn.Module):
     reparam        how each vector is written: see ScaleVector
     execution      "weights" or "activations": two routes to the same function
     norm_width     channels that DNP normalizes together
-    absorbed_by    {"v": o}: the ScaledLinear that can take over this branch's DNP output side, because only channel-wise
-                   operations stand between the two
+    absorbed_by    {"v": (maps, "o")}: the ScaledLinear, and its branch, that can take over this branch's DNP output side,
+                   because only channel-wise operations stand between the two
     tied           the weight serves elsewhere too (a tied head), so it cannot take over its vectors
 
-    forward: x (..., d) -> one (..., m_b) for each branch, in order. Parameters: `weight.q` (m_q, d), `scale_in.q` under
-    HG or `scale_in.q_k_v` when shared, `scale_out.q`.
+    forward: x (..., d) -> one (..., m_b) for each branch, or for the named ones, in order. Parameters: `weight.q` (m_q, d),
+    `scale_in.q` under HG or `scale_in.q_k_v` when shared (`scale_in.shared` if there are more than three), `scale_out.q`.
     """
 
     def __init__(self, in_features, branches, placement, *, vectors=True, heterogeneous=False, reparam="none",
@@ -225,22 +234,32 @@ class ScaledLinear(nn.Module):
                                                output_norm=True)
         self.scale_in, self.scale_out = nn.ModuleDict(scale_in), nn.ModuleDict(scale_out)
 
-    def forward(self, x):
-        v = {key: scale() for key, scale in self.scale_in.items()}
-        u = {b: scale() for b, scale in self.scale_out.items()}
+    def forward(self, x, branches=None):
+        names = list(branches or self.branches)
+        return self._run(x, names, [[b] for b in names], lambda tensors: tensors[0])
+
+    def forward_experts(self, x, kinds, n_expert, rows):
+        """Grouped products over the branches expert_0_KIND, expert_1_KIND, ...: x (N, d) -> one (N, m) for each kind."""
+        return self._run(x, kinds, [[f"expert_{e}_{kind}" for e in range(n_expert)] for kind in kinds],
+                         lambda tensors: None if tensors[0] is None else torch.stack(tensors), rows)
+
+    def _run(self, x, names, members, join, rows=None):
+        """The outputs called names; the parameters of each are its members' (a branch, or the experts') joined."""
+        v = {key: self.scale_in[key]() for key in {self.reads[b]: None for bs in members for b in bs if b in self.reads}}
         y = {}
-        for placement in dict.fromkeys(self.placement.values()):  # one product for the branches that are placed alike
-            names = [b for b in self.branches if self.placement[b] == placement]
-            W, v_b, u_b = ([self.weight[b] for b in names], [v.get(self.reads.get(b)) for b in names],
-                           [u.get(b) for b in names])
+        for placement in dict.fromkeys(self.placement[bs[0]] for bs in members):  # one product for those that are placed alike
+            placed = [(name, bs) for name, bs in zip(names, members) if self.placement[bs[0]] == placement]
+            W = [join([self.weight[b] for b in bs]) for _, bs in placed]
+            v_b = [join([v.get(self.reads.get(b)) for b in bs]) for _, bs in placed]
+            u_b = [join([self.scale_out[b]() if b in self.scale_out else None for b in bs]) for _, bs in placed]
             if placement == "dual":
-                out = dual_placement(x, W, v_b, u_b, self.execution)
+                out = dual_placement(x, W, v_b, u_b, self.execution, rows)
             elif placement == "dual_norm":
-                out = dual_norm_placement(x, W, v_b, u_b, self.norm_width, self.eps, self.execution)
+                out = dual_norm_placement(x, W, v_b, u_b, self.norm_width, self.eps, self.execution, rows)
             else:
-                out = input_placement(x, W, v_b, self.execution)
-            y.update(zip(names, out))
-        return [y[b] for b in self.branches]
+                out = input_placement(x, W, v_b, self.execution, rows)
+            y.update(zip([name for name, _ in placed], out))
+        return [y[name] for name in names]
 
     @torch.no_grad()
     def fold(self):
@@ -254,13 +273,12 @@ class ScaledLinear(nn.Module):
             if u is not None:
                 del self.scale_out[b]
         self.scale_in, self.reads = nn.ModuleDict(), {}
-        for b, after in self.absorbed_by.items():
+        for b, (after, name) in self.absorbed_by.items():
             if self.placement[b] == "dual_norm" and b in self.scale_out:
                 # grouped-query attention serves each value head to several query heads
                 heads = self.scale_out[b]().view(-1, self.norm_width)
                 u = heads.repeat_interleave(after.in_features // heads.numel(), dim=0).flatten()
-                for W in after.weight.values():
-                    W.copy_(scale_weight(W, v=u))
+                after.weight[name].copy_(scale_weight(after.weight[name], v=u))
                 del self.scale_out[b]
 
 

@@ -27,7 +27,8 @@ DECAY_SHAPES = ("linear", "cosine", "sqrt")
 def param_groups(model, weight_decay, scale_weight_decay="none", decay_embeddings=True):
     """torch.optim parameter groups, each with a `name` and its `weight_decay`; empty groups are left out.
 
-    hidden         the matrices of every layer: decayed
+    hidden         the matrices of every layer, each expert's on its own: decayed
+    router         the matrices that choose experts: decayed
     head           the output matrix (with a tied head it is the embedding): decayed
     embedding      the look-up table: decayed if decay_embeddings
     scale_decayed  scale vectors that the policy decays. Of γ = β α (OR) and γ = e^β α (ER) both parts are: with α alone,
@@ -45,7 +46,7 @@ def param_groups(model, weight_decay, scale_weight_decay="none", decay_embedding
         if isinstance(module, ScaleVector):
             scales.update((p, module) for p in module.parameters())
 
-    groups = {name: [] for name in ("hidden", "head", "embedding", "scale_decayed", "scale")}
+    groups = {name: [] for name in ("hidden", "router", "head", "embedding", "scale_decayed", "scale")}
     for name, p in model.named_parameters():
         if p in scales:
             decayed = SCALE_DECAY_POLICIES[scale_weight_decay](scales[p])
@@ -55,10 +56,10 @@ def param_groups(model, weight_decay, scale_weight_decay="none", decay_embedding
         elif name.startswith("head.") and p.ndim == 2:
             groups["head"].append(p)
         elif name.startswith("layers.") and p.ndim == 2:
-            groups["hidden"].append(p)
+            groups["router" if name.endswith(".router") else "hidden"].append(p)
         else:
             raise ValueError(f"parameter {name} of shape {tuple(p.shape)} fits no group: give it one in param_groups")
-    decay = {"hidden": weight_decay, "head": weight_decay, "embedding": weight_decay if decay_embeddings else 0.0,
+    decay = {"hidden": weight_decay, "router": weight_decay, "head": weight_decay, "embedding": weight_decay if decay_embeddings else 0.0,
              "scale_decayed": weight_decay, "scale": 0.0}
     return [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params]
 

@@ -345,9 +345,11 @@ def evaluate(model, split, config, process):
     windows = [i * len(split) // count for i in range(count)]
     batches = [windows[i:i + config.batch_size] for i in range(0, count, config.batch_size)]
     total = torch.zeros((), device=process.device)
+    model.eval()  # without a mixture's auxiliary losses
     for batch in batches[process.rank::process.count]:
         _, loss = model(*to_device(split[batch], process.device))
         total += loss * len(batch)
+    model.train()
     return process.sum(total)[0] / count
 
 
@@ -402,6 +404,9 @@ def train(config, process):
     wandb = optional("wandb", "wandb_project") if config.wandb_project else None
     if config.plot:
         optional("matplotlib", "plot")
+    if config.n_expert and process.device.type == "cuda" and config.d_expert % 8:
+        raise ValueError(f"d_expert={config.d_expert}: grouped products on CUDA need rows of 16 bytes, a multiple of 8: "
+                         f"choose {(config.d_expert + 7) // 8 * 8}")
     dataset = open_dataset(config, process)
     encoding = get_encoding(dataset.tokenizer) if config.sample_tokens else None
     lock = filelock.FileLock(Path(config.out_dir) / "lock")  # held as long as this run lives
@@ -428,13 +433,15 @@ def train(config, process):
 
     params, scale_params = raw_model.num_params(), raw_model.num_params("scale_vectors")
     tokens_a_step, flops_a_token, peak = tokens_per_step(config), raw_model.flops_per_token(), process.peak_flops()
-    say(f"{params:,} parameters, {scale_params:,} of them in {len(named_scale_vectors(raw_model))} scale vectors "
+    say(f"{params:,} parameters" + (f" ({raw_model.num_params('active'):,} active)" if is_moe else "") + f", {scale_params:,} of them in {len(named_scale_vectors(raw_model))} scale vectors "
         f"({scale_params / params:.4%})")
     say(f"{dataset.train.tokens:,} training tokens ({dataset.tokenizer}); {config.max_iters:,} steps of {tokens_a_step:,} tokens, "
         f"{config.max_iters * tokens_a_step / dataset.train.tokens:.2f} epochs")
     say(f"{process.count} x {process.device.type}, {str(process.dtype)[6:]}, {'compiled' if process.compile else 'not compiled'}, "
         f"{micro_steps} x {micro_batch} sequences of {config.block_size} in each process", flush=True)
 
+    moe_layers = [i for i, layer in enumerate(raw_model.layers) if layer.moe]
+    is_moe = bool(moe_layers)
     out, log = Path(config.out_dir), None
     if process.first:
         write_whole(out / "config.json", json.dumps(vars(config), indent=1))
@@ -445,7 +452,7 @@ def train(config, process):
     def write_log(event, **values):
         if process.first:
             log.write(json.dumps({"event": event, **values}) + "\n")
-            if wandb and event != "scale":
+            if wandb and event in ("train", "eval"):
                 wandb.log({f"{event}/{key}": value for key, value in values.items() if key != "step"}, step=values["step"])
 
     def write_eval():
@@ -457,6 +464,12 @@ def train(config, process):
             write_log("scale", step=step, **statistics)
         say(f"step {step:>6}  val_loss {val_loss:.4f} nats/token" + (f", {val_bpb:.4f} bits/byte" if val_bpb else ""), flush=True)
         return val_loss, val_bpb
+
+    def write_routers(stats):
+        """The load of each expert (its share of all choices) and the auxiliary losses, of this step's global batch."""
+        stats = torch.tensor(process.sum(*stats.flatten())).view(stats.shape) / process.count
+        for layer, (balance, z, *load) in zip(moe_layers, stats.tolist()):
+            write_log("router", step=step, layer=layer, balance_loss=balance, z_loss=z, load=load, load_max=max(load), load_min=min(load))
 
     def write_checkpoint():
         if process.first:
@@ -491,7 +504,7 @@ def train(config, process):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=process.device)
+        loss, router_stats = torch.zeros((), device=process.device), 0.0
         for micro_step in range(micro_steps):
             if process.count > 1:  # gradients meet once, in the last backward pass
                 ddp.require_backward_grad_sync = micro_step == micro_steps - 1
@@ -499,6 +512,9 @@ def train(config, process):
             x, y = batch(*divmod(step * micro_steps + micro_step + 1, micro_steps))  # the next, while the device is busy
             (micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
+            if is_moe:
+                router_stats += raw_model.router_stats / micro_steps
+                loss -= raw_model.auxiliary_loss(raw_model.router_stats) / micro_steps  # log the cross-entropy alone
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         loss, grad_norm, stopping = process.sum(loss, grad_norm, len(signals))  # the one wait for the device in a step
         loss, grad_norm = loss / process.count, grad_norm / process.count
@@ -520,6 +536,8 @@ def train(config, process):
                                          f"The last checkpoint in {config.out_dir} stands; try a lower learning_rate")
         elif step % config.log_interval == 0 or step == config.max_iters - 1:
             left = (config.max_iters - step - 1) * (now - started) / (step + 1 - first_step)
+            if is_moe:
+                write_routers(router_stats)
             say(f"step {step:>6}/{config.max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad_norm {grad_norm:.2f}  {rate:,.0f} tokens/s  "
                 + (f"mfu {mfu:.1%}  " if mfu else "") + f"{duration(left)} left", flush=True)
             shown_step, shown_time = step + 1, now

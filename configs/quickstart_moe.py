@@ -1,0 +1,9 @@
+# The quickstart as a mixture of experts: 8 of a third of the width, 2 for each token, and 1 that all tokens share.
+from configs.quickstart import *
+
+out_dir = "out/quickstart_moe"
+
+n_expert = 8
+n_expert_active = 2
+n_shared_expert = 1
+d_expert = 128

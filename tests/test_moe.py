@@ -1,0 +1,220 @@
+"""
+Proves that the mixture of experts is the sum it says: against a dense reference that computes every expert, against
+transformers' Mixtral, loop against grouped products, and that with one expert it is the dense model; that its load-balancing
+loss spreads a collapsed router; and that scale vectors keep their rules for every expert.
+"""
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import TINY, UNIFIED, randomize_scales, run, tiny_batch, tiny_gpt
+from torch.nn import functional as F
+
+from model import GPTConfig, MoE, load_balance_loss, router_z_loss
+from norms import PLACEMENTS, REPARAMS, fold_scale_vectors, named_scale_vectors, rms_norm
+from optim import make_optimizer, param_groups
+
+EXPERTS = dict(n_expert=4, n_expert_active=2, d_expert=24)
+VARIANTS = [dict(scale_vectors=s, scale_heterogeneous=h, scale_placement=p, scale_placement_on=on, scale_reparam=r)
+            for s, h, p, on, r in itertools.product((True, False), (False, True), PLACEMENTS, ("gate,up", "up,down"), REPARAMS)]
+
+
+def moe(seed=0, **keys):
+    torch.manual_seed(seed)
+    layer = MoE(GPTConfig(**{**TINY, **EXPERTS, **keys})).double()
+    with torch.no_grad():
+        for i, p in enumerate(layer.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype) * (0.3 if p.ndim == 2 else 1))
+    return layer
+
+
+def reference(layer, x, n_active):
+    """Every expert on every token, masked and weighted; the formula of each map written out."""
+    def apply(maps, branch, x):
+        v = maps.scale_in[maps.reads[branch]]() if branch in maps.reads else 1.0
+        y = x @ (maps.weight[branch] * v).T
+        if maps.placement[branch] == "dual_norm":
+            y = y / (y.square().mean(-1, keepdim=True) + layer.eps).sqrt()
+        return y * maps.scale_out[branch]() if branch in maps.scale_out else y
+    x = x / (x.square().mean(-1, keepdim=True) + layer.eps).sqrt()
+    p = apply(layer.maps, "router", x).softmax(-1)
+    p = p * (p >= p.topk(n_active)[0][..., -1:])
+    p = p / p.sum(-1, keepdim=True)
+    out = 0
+    for e in [f"expert_{e}" for e in range(layer.n_expert)] + layer.shared:
+        y = apply(layer.down, f"{e}_down", F.silu(apply(layer.maps, f"{e}_gate", x)) * apply(layer.maps, f"{e}_up", x))
+        out = out + (y if e in layer.shared else p[..., int(e[7:]), None] * y)
+    return out
+
+
+def with_gradients(function, layer, x):
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = function(x)
+    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("execution", ["weights", "activations"])
+@pytest.mark.parametrize("way", ["experts_looped", "experts_grouped"])
+def test_routed_layer_equals_a_dense_reference(way, execution, monkeypatch):
+    x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for keys in VARIANTS[::5] + [UNIFIED]:
+        layer = moe(n_shared_expert=1, scale_execution=execution, **keys)
+        dtype = torch.float64 if way == "experts_looped" else torch.float32  # the grouped product knows no float64
+        layer = layer.to(dtype)
+        monkeypatch.setattr(layer, "experts_looped", getattr(layer, way))
+        found = with_gradients(lambda x, layer=layer: layer(x)[0], layer, x.to(dtype))
+        expected = with_gradients(lambda x, layer=layer: reference(layer, x, 2), layer, x.to(dtype))
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 if dtype == torch.float64 else 1e-4)
+
+
+def test_every_variant_folds_and_runs_alike_on_both_routes():
+    idx, targets = tiny_batch()
+    for keys in VARIANTS:
+        model = randomize_scales(tiny_gpt(torch.float64, **EXPERTS, n_shared_expert=1, n_dense_layer=1, **keys)).eval()
+        other = tiny_gpt(torch.float64, **EXPERTS, n_shared_expert=1, n_dense_layer=1, scale_execution="activations", **keys).eval()
+        other.load_state_dict(model.state_dict())
+        logits = model(idx, targets)[0]
+        torch.testing.assert_close(other(idx, targets)[0], logits, rtol=0, atol=1e-10)
+        folded = fold_scale_vectors(model)
+        torch.testing.assert_close(folded(idx)[0], logits, rtol=0, atol=1e-10)
+        assert {n for n, _ in named_scale_vectors(folded)} == {n for n, s in named_scale_vectors(model) if not s.absorbable}
+
+
+def test_heterogeneous_branches_are_router_and_each_expert():
+    layer = moe(n_shared_expert=1, scale_heterogeneous=True)
+    experts = [f"expert_{e}" for e in range(4)] + ["shared_0"]
+    assert set(layer.maps.scale_in) == {"router"} | {f"{e}_{kind}" for e in experts for kind in ("gate", "up")}
+    assert set(moe(n_shared_expert=1).maps.scale_in) == {"shared"}
+
+
+def test_one_expert_is_the_dense_model():
+    idx, targets = tiny_batch()
+    for keys in ({}, UNIFIED):
+        dense = randomize_scales(tiny_gpt(torch.float64, **keys))
+        one = tiny_gpt(torch.float64, n_expert=1, n_expert_active=1, load_balance_coef=0.0, router_z_coef=0.0, **keys)
+        state = one.state_dict()
+        for name, value in dense.state_dict().items():
+            for a, b in ((".gate_up.weight.", ".maps.weight.expert_0_"), (".gate_up.scale_in.gate_up.", ".maps.scale_in.ROUTER."),
+                         (".gate_up.scale_in.", ".maps.scale_in.expert_0_"), (".gate_up.scale_out.", ".maps.scale_out.expert_0_"),
+                         (".down.weight.down", ".down.weight.expert_0_down")):
+                name = name.replace(a, b)
+            name = name.replace("ROUTER", "router_expert_0_gate_expert_0_up")
+            assert name in state, name
+            state[name] = value
+        one.load_state_dict(state)
+        (a, loss_a), (b, loss_b) = dense(idx, targets), one(idx, targets)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        torch.testing.assert_close(loss_a, loss_b, rtol=0, atol=1e-12)
+
+
+def test_auxiliary_losses():
+    even = torch.full((8, 4), 0.25)
+    spread = torch.arange(8)[:, None] % 4
+    assert load_balance_loss(even, spread) == pytest.approx(1.0)
+    collapsed = torch.tensor([[1.0, 0, 0, 0]]).expand(8, 4)
+    assert load_balance_loss(collapsed, torch.zeros(8, 1, dtype=torch.long)) == pytest.approx(4.0)
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert router_z_loss(logits).item() == pytest.approx(sum(row.exp().sum().log().item() ** 2 for row in logits) / 6)
+    model, (idx, targets) = tiny_gpt(**EXPERTS, load_balance_coef=0.5, router_z_coef=0.25), tiny_batch()
+    trained = model(idx, targets)[1]
+    stats = model.router_stats
+    plain = model.eval()(idx, targets)[1]
+    assert (trained - plain).item() == pytest.approx((0.5 * stats[:, 0].mean() + 0.25 * stats[:, 1].mean()).item(), abs=1e-5)
+    assert stats.shape == (2, 6) and stats[:, 2:].sum(1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_a_collapsed_router_spreads_its_load():
+    model, (idx, targets) = tiny_gpt(**EXPERTS, load_balance_coef=0.1), tiny_batch(batch=8)
+    with torch.no_grad():  # rows that differ by one large common direction: the first two experts get everything
+        for layer in model.layers:
+            layer.mlp.maps.weight["router"].mul_(0.01)
+            layer.mlp.maps.weight["router"] += torch.tensor([2.0, 1.9, 0, 0])[:, None] * model.embedding.weight.mean(0).sign()
+    for p in model.embedding.parameters():
+        p.data += 0.5 * model.embedding.weight.mean(0).sign()
+    optimizer, loads = make_optimizer(param_groups(model, 0.1), lr=3e-3), []
+    for _ in range(200):
+        model(idx, targets)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loads.append(model.router_stats[:, 2:].max().item())
+    assert loads[0] == pytest.approx(0.5) and loads[-1] < 0.4, (loads[0], loads[-1])
+
+
+def test_counts():
+    model = tiny_gpt(**EXPERTS, n_shared_expert=1, n_dense_layer=1, **UNIFIED)
+    per_expert = 3 * 32 * 24 + (32 + 1) + (32 + 1) + 2 * (24 + 1)
+    assert model.num_params("total") - model.num_params("active") == 2 * per_expert
+    with torch.device("meta"):
+        dense = tiny_gpt(n_layer=1)
+    assert dense.num_params("active") == dense.num_params("total")
+
+
+def test_router_is_not_muons(dataset):
+    groups = {g["name"]: g["params"] for g in param_groups(tiny_gpt(**EXPERTS), 0.1)}
+    assert len(groups["router"]) == 2 and len(groups["hidden"]) == 2 * (4 + 4 * 3) and all(p.ndim == 2 for p in groups["hidden"])
+
+
+@pytest.mark.parametrize("processes, optimizer", [(0, "adamw"), (2, "muon")])
+def test_training(dataset, tmp_path, processes, optimizer):
+    from test_train import TINY as SHORT
+    args = ["configs/unified.py", *SHORT, f"--dataset={dataset}", "--n_expert=4", "--d_expert=24", "--n_shared_expert=1", "--n_dense_layer=1",
+            f"--optimizer={optimizer}", "--load_balance_coef=0"]
+    run("train.py", *args, f"--out_dir={tmp_path / 'a'}", processes=processes)
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    routers = [r for r in log if r["event"] == "router"]
+    assert [r["layer"] for r in routers] == [1] * 12 and all(sum(r["load"]) == pytest.approx(1, abs=1e-5) for r in routers)
+    if processes:
+        run("train.py", *args, f"--out_dir={tmp_path / 'b'}")
+        ours, theirs = ([json.loads(line) for line in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in "ab")
+        for a, b in zip(ours, theirs):
+            if a["event"] == "train":
+                assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("keys, message", [
+    (dict(n_expert=2, n_expert_active=3), "n_expert_active=3 is more than n_expert=2"),
+    (dict(n_expert=-1), "n_expert=-1 cannot be negative"), (dict(n_expert=2, n_expert_active=0), "n_expert_active=0 must be at least 1"),
+    (dict(n_shared_expert=1), "n_shared_expert=1 with n_expert=0"), (dict(n_expert=2, d_expert=-8), "d_expert=-8 must be at least 1")])
+def test_impossible_mixtures(keys, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{**TINY, **keys})
+
+
+def test_mixtral():
+    transformers = pytest.importorskip("transformers", reason="needs the optional package transformers")
+    model, idx = fold_scale_vectors(randomize_scales(tiny_gpt(**EXPERTS, scale_heterogeneous=True))).eval(), tiny_batch()[0]
+    c, ones = model.config, torch.ones(32)
+    theirs = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.d_expert, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        num_local_experts=4, num_experts_per_tok=2, sliding_window=None, tie_word_embeddings=False))
+    state = {"model.embed_tokens.weight": model.embedding.weight, "lm_head.weight": model.head.weight["head"], "model.norm.weight": ones}
+    for i, layer in enumerate(model.layers):
+        prefix, W, down = f"model.layers.{i}", layer.mlp.maps.weight, layer.mlp.down.weight
+        state |= {f"{prefix}.self_attn.{b}_proj.weight": w for b, w in {**layer.attn.qkv.weight, **layer.attn.o.weight}.items()}
+        state |= {f"{prefix}.input_layernorm.weight": ones, f"{prefix}.post_attention_layernorm.weight": ones,
+                  f"{prefix}.mlp.gate.weight": W["router"],
+                  f"{prefix}.mlp.experts.gate_up_proj": torch.stack([torch.cat((W[f"expert_{e}_gate"], W[f"expert_{e}_up"])) for e in range(4)]),
+                  f"{prefix}.mlp.experts.down_proj": torch.stack([down[f"expert_{e}_down"] for e in range(4)])}
+    theirs.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(idx).logits, model(idx)[0], rtol=0, atol=1e-5)
+
+
+def test_norm_of_the_layer_is_the_models():
+    x = torch.randn(1, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    layer = moe()
+    torch.testing.assert_close(layer(x)[0], layer(rms_norm(x, layer.eps))[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_grouped_agrees_with_the_loop():
+    layer = moe(n_embd=64, d_expert=64, **UNIFIED).float().cuda()
+    x = torch.randn(2, 50, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    expected = layer(x)[0]
+    found = layer(x.bfloat16())[0].float()
+    assert (found - expected).norm() < 0.03 * expected.norm()
