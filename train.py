@@ -433,15 +433,15 @@ def train(config, process):
 
     params, scale_params = raw_model.num_params(), raw_model.num_params("scale_vectors")
     tokens_a_step, flops_a_token, peak = tokens_per_step(config), raw_model.flops_per_token(), process.peak_flops()
-    say(f"{params:,} parameters" + (f" ({raw_model.num_params('active'):,} active)" if is_moe else "") + f", {scale_params:,} of them in {len(named_scale_vectors(raw_model))} scale vectors "
+    moe_layers = [i for i, layer in enumerate(raw_model.layers) if layer.moe]
+    active = f" ({raw_model.num_params('active'):,} active)" if moe_layers else ""
+    say(f"{params:,} parameters{active}, {scale_params:,} of them in {len(named_scale_vectors(raw_model))} scale vectors "
         f"({scale_params / params:.4%})")
     say(f"{dataset.train.tokens:,} training tokens ({dataset.tokenizer}); {config.max_iters:,} steps of {tokens_a_step:,} tokens, "
         f"{config.max_iters * tokens_a_step / dataset.train.tokens:.2f} epochs")
     say(f"{process.count} x {process.device.type}, {str(process.dtype)[6:]}, {'compiled' if process.compile else 'not compiled'}, "
         f"{micro_steps} x {micro_batch} sequences of {config.block_size} in each process", flush=True)
 
-    moe_layers = [i for i, layer in enumerate(raw_model.layers) if layer.moe]
-    is_moe = bool(moe_layers)
     out, log = Path(config.out_dir), None
     if process.first:
         write_whole(out / "config.json", json.dumps(vars(config), indent=1))
@@ -512,7 +512,7 @@ def train(config, process):
             x, y = batch(*divmod(step * micro_steps + micro_step + 1, micro_steps))  # the next, while the device is busy
             (micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
-            if is_moe:
+            if moe_layers:
                 router_stats += raw_model.router_stats / micro_steps
                 loss -= raw_model.auxiliary_loss(raw_model.router_stats) / micro_steps  # log the cross-entropy alone
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
@@ -536,7 +536,7 @@ def train(config, process):
                                          f"The last checkpoint in {config.out_dir} stands; try a lower learning_rate")
         elif step % config.log_interval == 0 or step == config.max_iters - 1:
             left = (config.max_iters - step - 1) * (now - started) / (step + 1 - first_step)
-            if is_moe:
+            if moe_layers:
                 write_routers(router_stats)
             say(f"step {step:>6}/{config.max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad_norm {grad_norm:.2f}  {rate:,.0f} tokens/s  "
                 + (f"mfu {mfu:.1%}  " if mfu else "") + f"{duration(left)} left", flush=True)
