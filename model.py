@@ -174,12 +174,16 @@ class MLP(nn.Module):
         return self.down(F.silu(gate) * up)[0]
 
 
+def expert_load(expert, n_expert):
+    """Each expert's share of all choices. expert (N, K) -> (E,) in float32. No shape depends on the routing, unlike bincount's."""
+    return F.one_hot(expert.flatten(), n_expert).float().mean(0)
+
+
 def load_balance_loss(probabilities, expert):
     """E Σ_e f_e P_e: f_e the share of all choices that went to expert e, P_e its mean probability. 1 when the load is even, up to E
     when it is not (Switch Transformer, eq. 4). probabilities (N, E), expert (N, K) -> ()."""
     E = probabilities.size(-1)
-    share = torch.bincount(expert.flatten(), minlength=E).to(probabilities.dtype) / expert.numel()
-    return E * (share * probabilities.mean(0)).sum()
+    return E * (expert_load(expert, E) * probabilities.mean(0)).sum()
 
 
 def router_z_loss(logits):
@@ -214,8 +218,8 @@ class MoE(nn.Module):
         for s in self.shared:
             gate, up = self.maps(x, [f"{s}_gate", f"{s}_up"])
             y = y + self.down(F.silu(gate) * up, [f"{s}_down"])[0]
-        load = torch.bincount(expert.flatten(), minlength=self.n_expert).to(logits.dtype) / expert.numel()
-        stats = torch.cat((load_balance_loss(probabilities, expert)[None], router_z_loss(logits)[None], load))
+        stats = torch.stack((load_balance_loss(probabilities, expert), router_z_loss(logits)))
+        stats = torch.cat((stats, expert_load(expert, self.n_expert).to(stats.dtype)))
         return y.view(shape), stats
 
     def experts_looped(self, x, weight, expert):
@@ -233,7 +237,7 @@ class MoE(nn.Module):
         no shape that depends on the routing. x (N, C), weight and expert (N, K) -> (N, C)."""
         order = expert.flatten().argsort(stable=True)  # (N K,) positions, expert by expert
         row, sorted_expert = order // self.n_active, expert.flatten()[order]
-        offsets = torch.bincount(sorted_expert, minlength=self.n_expert).cumsum(0).to(torch.int32)
+        offsets = F.one_hot(sorted_expert, self.n_expert).sum(0).cumsum(0).to(torch.int32)
         rows = (sorted_expert, offsets)
         gate, up = self.maps.forward_experts(x[row], ["gate", "up"], self.n_expert, rows)
         out = self.down.forward_experts(F.silu(gate) * up, ["down"], self.n_expert, rows)[0]

@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny model, a tiny dataset made by prepare_data, and a way to run the real programs."""
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ FIXTURES = ROOT.parent / "shared" / "tiktoken_cache"
 if FIXTURES.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(FIXTURES))
 
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, init_std=0.0)
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="ordinary")
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
+from conftest import COMPILER, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, apply_rope, chunked_cross_entropy, rope_tables
@@ -174,6 +174,7 @@ def test_generate():
     assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_model_is_the_same_function():
     model = randomize_scales(tiny_gpt(**UNIFIED))
     idx, targets = tiny_batch()

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, UNIFIED, randomize_scales, run, tiny_batch, tiny_gpt
+from conftest import COMPILER, TINY, UNIFIED, randomize_scales, run, tiny_batch, tiny_gpt
 from torch.nn import functional as F
 
 from model import GPTConfig, MoE, load_balance_loss, router_z_loss
@@ -209,6 +209,22 @@ def test_mixtral():
     theirs.load_state_dict(state, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(idx).logits, model(idx)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
+def test_the_grouped_model_compiles_whole(monkeypatch):
+    """What CUDA runs, on the CPU: bfloat16, no graph break, no shape that depends on the routing; and it is the same function."""
+    model, (idx, targets) = randomize_scales(tiny_gpt(**EXPERTS, n_shared_expert=1, **UNIFIED)), tiny_batch()
+    expected = model(idx, targets)[1]
+    expected.backward()
+    expected_grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    model.compute_dtype = torch.bfloat16
+    monkeypatch.setattr(MoE, "experts_looped", MoE.experts_grouped)
+    loss = torch.compile(model, fullgraph=True)(idx, targets)[1]
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=0.03)
+    assert (torch.cat([p.grad.flatten() for p in model.parameters()]) - expected_grads).norm() < 0.1 * expected_grads.norm()
 
 
 def test_norm_of_the_layer_is_the_models():
