@@ -365,7 +365,7 @@ class GPT(nn.Module):
             yield token
 
 
-def chunked_cross_entropy(logits, targets, chunk_elements=2 ** 24):
+def chunked_cross_entropy(logits, targets, chunk_elements=2 ** 26):
     """Mean of -log softmax(logits)[target] over the targets that are not -1, in nats, computed in float32 (or wider).
 
     Plain F.cross_entropy(logits.float(), ...) keeps a float32 copy of the logits, and a second one for their log-softmax.
