@@ -11,7 +11,7 @@ d_ff = 384
 block_size = 256
 init_std = 0  # 1/sqrt(n_embd): 0.02 is too small for so small a model
 
-# 1.2M tokens, about 100 seconds on two cores
+# 1.2M tokens, about two minutes on two cores
 batch_size = 8
 max_iters = 600
 learning_rate = 2e-3
@@ -19,6 +19,7 @@ warmup_iters = 30
 
 eval_interval = 200
 eval_iters = 40
+log_interval = 20
 checkpoint_interval = 200
 sample_tokens = 400
 sample_prompt = "def "
