@@ -331,6 +331,9 @@ def main(argv=None):
             prepare_builtin(out, encoding, args.include_site_packages, **options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was kept", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, number)
         for i in range(100_000):
             f.write(json.dumps({"text": f"document {i} " * 100}) + "\n")
     process = subprocess.Popen([sys.executable, "prepare_data.py", tmp_path / "big.jsonl", "--encoding", "bytes", "--out",
-                                tmp_path / "out"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                tmp_path / "out"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
     while not list(tmp_path.glob("out.partial/*.bin")):
         time.sleep(0.01)
     process.send_signal(number)
