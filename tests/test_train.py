@@ -129,7 +129,8 @@ def test_quickstart_on_two_processes(tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=muon", "--n_expert=4", "--d_expert=24"]], ids=str)
+@pytest.mark.parametrize("kind", [["--optimizer=adamw"], ["--optimizer=muon"],
+                                  ["--optimizer=muon", "--n_expert=4", "--d_expert=24"]], ids=str)
 def test_a_stopped_run_resumes_bit_for_bit(dataset, tmp_path, kind):
     args = [*kind, "--max_iters=60", "--checkpoint_interval=7"]
     run("train.py", *UNIFIED, *start(tmp_path / "straight", dataset, *args))
