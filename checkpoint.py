@@ -1,9 +1,10 @@
 """
 Checkpoints that survive what happens to machines.
 
-A checkpoint is `out_dir/ckpt_0001000.pt`, a torch.save of plain tensors, numbers and strings. It is written to a temporary
-file, flushed to the disk, and renamed: under its final name it is always whole. Reading trusts nothing: every byte is
-checked against the archive's own CRC-32, then loaded with weights_only=True, so a hostile file cannot run code.
+A checkpoint is `out_dir/ckpt_0001000.pt`, a torch.save of plain tensors, numbers and strings: format version, step, model,
+optimizer, configuration, position in the data, random-number states. It is written to a temporary file, flushed to the
+disk, and renamed: under its final name it is always whole. Reading trusts nothing: every byte is checked against the
+archive's own CRC-32, then loaded with weights_only=True, so a hostile file cannot run code.
 """
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 
 from data import fsync_folder
 
-FORMAT = 1
+FORMAT = 2
 
 
 def checkpoints(out_dir):
@@ -23,8 +24,9 @@ def checkpoints(out_dir):
 
 
 def save_checkpoint(out_dir, step, state, keep):
-    """Write `state` (a dict that weights_only can load) as the checkpoint of `step`, then delete all but the last `keep`.
-    On any error, a full disk say, the temporary file goes, older checkpoints stay, and the error is raised."""
+    """Write `state` (a dict that weights_only can load) as the checkpoint of `step`, then delete the oldest so that `keep`
+    remain. Raises OSError, one line, if it cannot be written, on a full disk say: older checkpoints stay, nothing half-written
+    does. A checkpoint with a later step (a damaged one that a resume passed over) is left alone and does not count."""
     path = Path(out_dir) / f"ckpt_{step:07d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
@@ -33,11 +35,15 @@ def save_checkpoint(out_dir, step, state, keep):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save may turn the one into the other
+            reason = str(error.__context__ or error).splitlines()[0]
+            raise OSError(f"the checkpoint of step {step} cannot be written to {out_dir} ({reason}): make room and continue with "
+                          f"--resume; the older checkpoints stand") from None
         raise
     fsync_folder(out_dir)
-    for old in checkpoints(out_dir)[:-keep]:
+    for old in [p for p in checkpoints(out_dir) if p <= path][:-keep]:
         old.unlink()
     return path
 

@@ -11,6 +11,7 @@ The global batch is batch_size x gradient_accumulation_steps sequences however m
 same sequences on 1, 2 or 8. A step's number is the count of updates made before it.
 """
 import ast
+import collections
 import dataclasses
 import difflib
 import json
@@ -26,6 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +42,7 @@ from sample import stream_text
 
 BUILTIN = "data/stdlib"  # the dataset that is made on the spot if it is missing
 EXIT_STOPPED = 75  # exit status after SIGTERM or SIGINT, once the checkpoint is saved ("try again" in sysexits.h)
+SPIKE_WINDOW, SPIKE_STD = 128, 6.0  # see is_spike
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,6 +76,7 @@ class TrainConfig:
     muon_momentum: float = 0.95
     grad_clip: float = 1.0  # the gradient's norm is cut to this; 0: never
     max_bad_steps: int = 10  # steps in a row whose loss or gradient is not finite (no update is made) before the run stops
+    dist_timeout: float = 600.0  # seconds a process waits for the others before it gives up
     # learning-rate schedule
     schedule: str = "cosine"  # or "wsd": warmup, stable, decay
     warmup_iters: int = 100
@@ -97,7 +101,7 @@ CHOICES = {"optimizer": OPTIMIZERS, "scale_weight_decay": tuple(SCALE_DECAY_POLI
            "decay_shape": DECAY_SHAPES, "device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
            "compile": ("auto", True, False)}
 AT_LEAST_1 = ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "eval_iters", "log_interval",
-              "max_bad_steps")
+              "max_bad_steps", "dist_timeout")
 AT_LEAST_0 = ("checkpoint_interval", "max_iters", "learning_rate", "weight_decay", "grad_clip", "warmup_iters", "min_lr",
               "eval_interval", "sample_tokens", "seed")
 FIELDS = {f.name: f for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig))}
@@ -234,7 +238,7 @@ class Process:
         self.compile = kind == "cuda" if config.compile == "auto" else config.compile
         # the timeout ends the others when one process is gone or stuck, instead of waiting for ever
         if self.count > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=config.dist_timeout))
 
     def sum(self, *values):
         """Each value summed over all processes. One all-reduce, one wait for the device."""
@@ -242,6 +246,14 @@ class Process:
         if self.count > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, value):
+        """[value of process 0, of process 1, ...], on all."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
 
     def first_then_all(self, function):
         """function() on the first process, its result or its error on all."""
@@ -272,9 +284,9 @@ class Process:
 # ---------------------------------------------------------------------------------------------------------------------
 # the run's folder
 
-def open_run(config, lock):
+def open_run(config, lock, tokenizer):
     """Take out_dir for this run: lock it, refuse another run's, discard or resume it. For the first process.
-    Returns the checkpoint to resume from, or None. Raises ValueError."""
+    Returns the checkpoint to resume from, or None, and what the log says (History). Raises ValueError."""
     out = Path(config.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -289,41 +301,91 @@ def open_run(config, lock):
     elif not config.resume and (checkpoints(out) or (out / "log.jsonl").exists()):
         raise ValueError(f"out_dir={config.out_dir!r} holds a run: continue it with --resume, discard it with --overwrite, "
                          f"or choose another --out_dir")
+    for path in out.glob("*.tmp"):  # what a killed run was writing
+        path.unlink()
     found = newest_checkpoint(out) if config.resume else None
     if found:
-        check_same_model(config, *found)
-    keep_log_before(out / "log.jsonl", found[1]["step"] if found else 0)
-    return str(found[0]) if found else None
+        check_same_run(config, tokenizer, *found)
+    return str(found[0]) if found else None, keep_log_before(out / "log.jsonl", found[1]["step"] if found else 0)
 
 
-def check_same_model(config, path, state):
-    """Raise ValueError if the checkpoint's model is of another shape than the configuration's."""
-    now = dataclasses.asdict(gpt_config(config))
-    changed = [f"{k}={state['config'].get(k)!r} (now {v!r})" for k, v in now.items()
-               if state["config"].get(k) != v and k != "scale_execution"]
+def check_same_run(config, tokenizer, path, state):
+    """Raise ValueError if the checkpoint's model, optimizer or tokenizer is another than the configuration's."""
+    was = {**state["config"], "optimizer": state["run_config"]["optimizer"], "tokenizer": state["tokenizer"]}
+    now = {**dataclasses.asdict(gpt_config(config)), "optimizer": config.optimizer, "tokenizer": tokenizer}
+    changed = [f"{k}={was.get(k)!r} (now {v!r})" for k, v in now.items() if was.get(k) != v and k != "scale_execution"]
     if changed:
-        raise ValueError(f"{path} is a checkpoint of another model: {', '.join(changed)}: resume with its configuration, "
+        raise ValueError(f"{path} is a checkpoint of another run: {', '.join(changed)}: resume with its configuration, "
                          f"or choose another --out_dir")
 
 
+@dataclass
+class History:
+    """What a resumed run must know of the log before it."""
+    recent: list  # the last SPIKE_WINDOW finite losses
+    spikes: int = 0  # counted so far
+    bad_steps: int = 0  # not finite, in a row, at the end
+
+
 def keep_log_before(path, step):
-    """Drop from the log what the resumed run will write again, so that every step stands in it once."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
+    """Drop from the log what the resumed run will write again, so that every step stands in it once. Returns its History."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept, recent, history = [], collections.deque(maxlen=SPIKE_WINDOW), History([])
     for line in lines:
         try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
+            record = json.loads(line)
+            if record["step"] >= step:
+                continue
         except (ValueError, KeyError, TypeError):
-            pass  # the last line of a killed run may be cut
+            continue  # the last line of a killed run may be cut
+        kept.append(line + "\n")
+        if record["event"] == "train":
+            history.spikes = record["spikes"]
+            history.bad_steps = history.bad_steps + 1 if record["loss"] is None else 0
+            if record["loss"] is not None:
+                recent.append(record["loss"])
     write_whole(path, "".join(kept))
+    history.recent = list(recent)
+    return history
+
+
+def is_spike(loss, recent):
+    """A loss is a spike if it lies more than SPIKE_STD standard deviations above the mean of the SPIKE_WINDOW finite losses
+    before it; False while there are fewer. (Our reading: the literature counts spikes in this way with various numbers.)"""
+    return len(recent) >= SPIKE_WINDOW and loss > np.mean(recent) + SPIKE_STD * np.std(recent)
 
 
 def write_whole(path, text):
     """Write a small file so that it is there in full or not at all."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error.strerror}): make room and continue with --resume") from None
+
+
+class Log:
+    """log.jsonl: one JSON object a line, in the file as soon as it is written."""
+
+    def __init__(self, path):
+        self.path, self.file = path, open(path, "ab", buffering=0)
+
+    def write(self, record):
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            while line:
+                line = line[self.file.write(line):]
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written ({error.strerror}): make room and continue with --resume; the "
+                          f"checkpoints stand") from None
+
+    def flush_to_disk(self):
+        os.fsync(self.file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,6 +425,17 @@ def scale_statistics(model):
             out.append({"name": name, **dict(zip(("mean", "std", "min", "max"), stats)),
                         "beta": None if scale.reparam == "none" else scale.beta.item()})
     return out
+
+
+def rng_state(device):
+    """{device type: state} of the random-number generators that a process may draw from."""
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def optional(package, key):
@@ -410,7 +483,7 @@ def train(config, process):
     dataset = open_dataset(config, process)
     encoding = get_encoding(dataset.tokenizer) if config.sample_tokens else None
     lock = filelock.FileLock(Path(config.out_dir) / "lock")  # held as long as this run lives
-    resume_from = process.first_then_all(lambda: open_run(config, lock))
+    resume_from, history = process.first_then_all(lambda: open_run(config, lock, dataset.tokenizer))
     say = print if process.first else lambda *args, **kwargs: None
 
     # the model, its optimizer, and what a checkpoint says of them
@@ -420,13 +493,24 @@ def train(config, process):
     optimizer = make_optimizer(param_groups(raw_model, config.weight_decay, config.scale_weight_decay, config.decay_embeddings),
                                config.optimizer, config.learning_rate, (config.beta1, config.beta2), config.muon_momentum,
                                fused=process.device.type == "cuda")
-    step, seconds_before = 0, 0.0
+    torch.manual_seed(config.seed + process.rank)  # nothing below draws random numbers; with dropout, say, a fork would
+    global_batch = config.batch_size * config.gradient_accumulation_steps
+    step, seconds_before, sequences_before = 0, 0.0, 0  # sequences seen in earlier steps, beyond step x global batch
     if resume_from:
         state = load_checkpoint(resume_from)
         raw_model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds_before = state["step"], state["seconds"]
+        sequences_before = state["data"]["sequences"] - step * global_batch  # not 0 if the batch has another size now
+        if len(state["rng"]) == process.count:
+            set_rng_state(state["rng"][process.rank], process.device)
         say(f"resuming from {resume_from} at step {step}")
+        now = {**vars(config), "train_tokens": dataset.train.tokens}
+        was = {**state["run_config"], "train_tokens": state["data"]["train_tokens"]}
+        changed = [f"{k}={v!r} (was {was.get(k)!r})" for k, v in now.items()
+                   if was.get(k) != v and k not in ("out_dir", "resume", "overwrite")]
+        if changed:
+            say(f"changed since the checkpoint: {', '.join(changed)}")
     model = torch.compile(raw_model) if process.compile else raw_model
     ddp = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == "cuda" else None,
                                   broadcast_buffers=False, gradient_as_bucket_view=True) if process.count > 1 else model
@@ -445,13 +529,13 @@ def train(config, process):
     out, log = Path(config.out_dir), None
     if process.first:
         write_whole(out / "config.json", json.dumps(vars(config), indent=1))
-        log = open(out / "log.jsonl", "a", buffering=1)
+        log = Log(out / "log.jsonl")
         if wandb:
             wandb.init(project=config.wandb_project, name=out.name, config=vars(config))
 
     def write_log(event, **values):
         if process.first:
-            log.write(json.dumps({"event": event, **values}) + "\n")
+            log.write({"event": event, **values})
             if wandb and event in ("train", "eval"):
                 wandb.log({f"{event}/{key}": value for key, value in values.items() if key != "step"}, step=values["step"])
 
@@ -472,22 +556,26 @@ def train(config, process):
             write_log("router", step=step, layer=layer, balance_loss=balance, z_loss=z, load=load, load_max=max(load), load_min=min(load))
 
     def write_checkpoint():
+        rng = process.gather(rng_state(process.device))
         if process.first:
+            log.flush_to_disk()  # no step of a checkpoint may be missing from the log
             save_checkpoint(out, step, {
                 "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(gpt_config(config)),
-                "run_config": vars(config), "tokenizer": dataset.tokenizer, "seconds": seconds_before + time.time() - started},
+                "run_config": vars(config), "tokenizer": dataset.tokenizer, "seconds": seconds_before + time.time() - started,
+                "data": {"sequences": sequences_before + step * global_batch, "train_tokens": dataset.train.tokens}, "rng": rng},
                 config.keep_checkpoints)
 
     def batch(of_step, micro_step):
         """This process's share of one micro-batch of the global batch."""
-        first = ((of_step * micro_steps + micro_step) * process.count + process.rank) * micro_batch
+        first = sequences_before + ((of_step * micro_steps + micro_step) * process.count + process.rank) * micro_batch
         return to_device(dataset.train[window_numbers(first, micro_batch, len(dataset.train), config.seed)], process.device)
 
     signals = []  # SIGTERM and SIGINT let the step finish
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: signals.append(received))
 
-    first_step, saved_step, started, bad_steps = step, step, time.time(), 0
+    first_step, saved_step, started = step, step, time.time()
+    recent, spikes, bad_steps = collections.deque(history.recent, SPIKE_WINDOW), history.spikes, history.bad_steps
     shown_step, shown_time = step, started  # where the running throughput starts
     x, y = batch(step, 0)
     while True:
@@ -524,16 +612,22 @@ def train(config, process):
         optimizer.zero_grad(set_to_none=True)
 
         now = time.time()
+        if finite:
+            spike = is_spike(loss, recent)
+            recent.append(loss)
+            if spike:
+                spikes += 1
+                say(f"step {step:>6}  loss {loss:.4f} is a spike, the {spikes}. so far", flush=True)
         rate = tokens_a_step * (step + 1 - shown_step) / (now - shown_time)
         mfu = rate * flops_a_token / (peak * process.count) if peak else None
         write_log("train", step=step, loss=loss if finite else None, lr=lr, grad_norm=grad_norm if finite else None,
-                  tokens_per_s=rate, mfu=mfu)
+                  tokens_per_s=rate, mfu=mfu, spikes=spikes)
         bad_steps = 0 if finite else bad_steps + 1
         if not finite:
             say(f"step {step:>6}  loss {loss}, gradient norm {grad_norm}: no update made", flush=True)
             if bad_steps >= config.max_bad_steps:
                 raise FloatingPointError(f"{bad_steps} steps in a row up to step {step} were not finite (max_bad_steps): stopped. "
-                                         f"The last checkpoint in {config.out_dir} stands; try a lower learning_rate")
+                                         f"The last checkpoint is {(checkpoints(out) or ['none'])[-1]}; try a lower learning_rate")
         elif step % config.log_interval == 0 or step == config.max_iters - 1:
             left = (config.max_iters - step - 1) * (now - started) / (step + 1 - first_step)
             if moe_layers:
@@ -548,10 +642,11 @@ def train(config, process):
             return EXIT_STOPPED
 
     seconds = seconds_before + time.time() - started
-    summary = {"val_loss": val_loss, "val_bpb": val_bpb, "steps": step, "tokens": step * tokens_a_step, "params": params,
-               "scale_params": scale_params, "seconds": seconds, "tokens_per_s": step * tokens_a_step / max(seconds, 1e-9)}
+    tokens = (sequences_before + step * global_batch) * config.block_size
+    summary = {"val_loss": val_loss, "val_bpb": val_bpb, "steps": step, "tokens": tokens, "params": params, "scale_params": scale_params,
+               "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9), "spikes": spikes}
     if process.first:
-        log.close()
+        log.flush_to_disk()
         write_whole(out / "summary.json", json.dumps(summary, indent=1))
         say(f"done in {duration(seconds)}: {out}/ holds the last checkpoint, log.jsonl, config.json and summary.json")
         if config.plot:
@@ -563,6 +658,11 @@ def train(config, process):
     if process.count > 1:
         dist.barrier()  # leave together: a process that is gone looks like a failure to the others
     return 0
+
+
+def lost_contact(error):
+    """True if this is how torch.distributed (an NCCL error, or gloo's plain RuntimeError) tells that a process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def main(argv):
@@ -577,6 +677,12 @@ def main(argv):
     except (ValueError, OSError, FloatingPointError) as error:
         if process is None or process.first:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if process is None or process.count == 1 or not lost_contact(error):
+            raise
+        print(f"error: process {process.rank} waited for another that has ended, or has been silent for dist_timeout="
+              f"{config.dist_timeout:g} s ({str(error).splitlines()[0]}): continue with --resume", file=sys.stderr, flush=True)
         return 1
     finally:
         if dist.is_initialized():

@@ -77,11 +77,11 @@ def test_a_hostile_file_runs_no_code(tmp_path):
 
 def test_other_files_are_not_checkpoints(tmp_path):
     torch.save({"format": 99}, tmp_path / "a.pt")
-    torch.save({"format": 1, "step": 3}, tmp_path / "b.pt")
+    torch.save({"format": 2, "step": 3}, tmp_path / "b.pt")
     torch.save([1], tmp_path / "c.pt")
     with zipfile.ZipFile(tmp_path / "d.pt", "w") as archive:
         archive.writestr("x", "y")
-    for name, message in (("a", "not a checkpoint of format 1"), ("b", "it has no 'model'"), ("c", "not a checkpoint"), ("d", "")):
+    for name, message in (("a", "not a checkpoint of format 2"), ("b", "it has no 'model'"), ("c", "not a checkpoint"), ("d", "")):
         with pytest.raises(ValueError, match=f"{name}.pt cannot be used: .*{message}"):
             load_checkpoint(tmp_path / f"{name}.pt")
 
@@ -93,6 +93,7 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path):
               "save_checkpoint(sys.argv[1], 2, {'model': {'w': torch.zeros(10**6)}, 'config': {}, 'tokenizer': 'x'}, keep=1)")
     done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 5, 10 ** 5)))
-    assert done.returncode != 0 and "Error" in done.stderr
+    assert done.returncode != 0 and "OSError: the checkpoint of step 2 cannot be written to" in done.stderr
+    assert "File too large" in done.stderr and "the older checkpoints stand" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt_0000001.pt"]
     assert newest_checkpoint(tmp_path)[1]["step"] == 1
