@@ -37,8 +37,11 @@ def save_checkpoint(out_dir, step, state, keep):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save may turn the one into the other
-            reason = str(error.__context__ or error).splitlines()[0]
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save buries the first in the second
+            cause = error
+            while cause.__context__ is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             raise OSError(f"the checkpoint of step {step} cannot be written to {out_dir} ({reason}): make room and continue with "
                           f"--resume; the older checkpoints stand") from None
         raise

@@ -238,7 +238,13 @@ class Process:
         self.compile = kind == "cuda" if config.compile == "auto" else config.compile
         # the timeout ends the others when one process is gone or stuck, instead of waiting for ever
         if self.count > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=config.dist_timeout))
+            timeout = timedelta(seconds=config.dist_timeout)
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                # torchrun keeps its store when it restarts the workers of a machine: do not meet those that are gone
+                store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.count,
+                                    timeout=timeout)
 
     def sum(self, *values):
         """Each value summed over all processes. One all-reduce, one wait for the device."""

@@ -142,6 +142,7 @@ def test_quickstart_on_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [["--optimizer=adamw"], ["--optimizer=muon"],
+                                  ["--optimizer=adamw", "--n_expert=4", "--d_expert=24"],
                                   ["--optimizer=muon", "--n_expert=4", "--d_expert=24"]], ids=str)
 def test_a_stopped_run_resumes_bit_for_bit(dataset, tmp_path, kind):
     args = [*kind, "--max_iters=60", "--checkpoint_interval=7"]
