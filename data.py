@@ -108,6 +108,13 @@ class Split:
         return windows[:, :-1], windows[:, 1:]
 
 
+def check_types(record, types):
+    """Raise TypeError or KeyError if a JSON object lacks a key, or has a value of another type or a number below 1."""
+    for key, type_ in types.items():
+        if type(record[key]) is not type_ or (type_ is int and record[key] < 1):
+            raise TypeError(f"{key} is {record[key]!r}")
+
+
 class Dataset:
     """A folder of shards: `train` and `val` (Split), `tokenizer`, `val_bytes_per_token` (None if unknown).
 
@@ -136,14 +143,14 @@ class Dataset:
             return None
         try:
             meta = json.loads(path.read_text())
+            check_types(meta, {"tokenizer": str, "vocab_size": int, "splits": dict})
             for split in ("train", "val"):
-                for key in ("tokens", "bytes", "shards"):
-                    meta["splits"][split][key]
+                check_types(meta["splits"][split], {"tokens": int, "bytes": int, "shards": list})
                 for shard in meta["splits"][split]["shards"]:
-                    shard["name"], shard["sha256"], shard["tokens"]
-            meta["tokenizer"], meta["vocab_size"] + 0
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): make the dataset again") from None
+                    check_types(shard, {"name": str, "sha256": str, "tokens": int})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path} is damaged ({reason}): make the dataset again") from None
         return meta
 
     def _open_split(self, name, block_size, vocab_size):

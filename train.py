@@ -148,7 +148,7 @@ def read_config_file(path):
         raise ValueError(f"config file not found: {path}")
     try:
         names = runpy.run_path(path)
-    except Exception as error:  # it is the user's code: anything can happen in it
+    except (Exception, SystemExit) as error:  # it is the user's code: anything can happen in it
         raise ValueError(f"{path} does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
     return {known_key(name, path): value for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
@@ -171,7 +171,7 @@ def parse_value(key, text):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal
         return text
 
 
@@ -340,16 +340,17 @@ def keep_log_before(path, step):
     for line in lines:
         try:
             record = json.loads(line)
-            if record["step"] >= step:
+            if not record["step"] < step:
                 continue
-        except (ValueError, KeyError, TypeError):
+            if record["event"] == "train":
+                loss, spikes = record["loss"], int(record["spikes"])
+                if loss is not None:
+                    recent.append(float(loss))
+                history.bad_steps = history.bad_steps + 1 if loss is None else 0
+                history.spikes = spikes
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # the last line of a killed run may be cut
         kept.append(line + "\n")
-        if record["event"] == "train":
-            history.spikes = record["spikes"]
-            history.bad_steps = history.bad_steps + 1 if record["loss"] is None else 0
-            if record["loss"] is not None:
-                recent.append(record["loss"])
     write_whole(path, "".join(kept))
     history.recent = list(recent)
     return history

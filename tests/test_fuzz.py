@@ -1,0 +1,139 @@
+"""
+Proves that arbitrary bytes where a shard, a meta.json, a config file, a command line, a log or a checkpoint should be end in one
+clear line or in exactly what an independent reader finds, never in a crash or in other tokens. Needs hypothesis.
+"""
+import json
+import struct
+
+import numpy as np
+import pytest
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoint import load_checkpoint
+from data import Dataset, open_shard
+from train import FIELDS, keep_log_before, load_config, read_config_file
+
+SETTINGS = settings(max_examples=300, deadline=None, derandomize=True,
+                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+small = st.integers(-2, 40)
+headers = st.builds(lambda magic, version, count, size, rest: struct.pack("<4i", magic, version, count, size) + rest,
+                    st.sampled_from([20260526, 20240520, 20240521, 0]), st.sampled_from([1, 1, 1, 0, 2, -1]),
+                    st.one_of(small, st.integers(-2 ** 31, 2 ** 31 - 1)), st.sampled_from([2, 2, 4, 4, 0, 1, 3, -2]),
+                    st.sampled_from([bytes(1008), bytes(1008), bytes(100), b""]))
+shards = st.one_of(st.binary(max_size=200), st.builds(lambda header, body: header + body, headers, st.binary(max_size=160)))
+
+
+def one_line(error):
+    return str(error) and "\n" not in str(error)
+
+
+def reference(name, content):
+    """The tokens by the formats' definitions, from struct alone; None if there are none."""
+    magic, version, count, size = struct.unpack("<4i", content[:16].ljust(16, b"\0"))
+    if magic in (20260526, 20240520):
+        size = 2 if magic == 20240520 else size
+        if version == 1 and size in (2, 4) and count >= 1 and len(content) == 1024 + count * size:
+            return list(struct.unpack(f"<{count}{'H' if size == 2 else 'I'}", content[1024:]))
+    elif name in ("train.bin", "val.bin") and content and len(content) % 2 == 0:
+        return list(struct.unpack(f"<{len(content) // 2}H", content))
+    return None
+
+
+@SETTINGS
+@given(content=shards, name=st.sampled_from(["train.bin", "val.bin", "train_000000.bin", "fineweb_val_000001.bin"]))
+def test_shards(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    try:
+        tokens = open_shard(tmp_path / name).tolist()
+    except ValueError as error:
+        assert one_line(error) and name in str(error)
+        tokens = None
+    assert tokens == reference(name, content)
+
+
+json_values = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-5, 300), st.floats(), st.sampled_from(["", "x", "bytes", "gpt2", "../a"])),
+                           lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(st.sampled_from(
+                               ["splits", "train", "val", "shards", "tokens", "bytes", "tokenizer", "vocab_size", "name", "sha256"]), v)), max_leaves=8)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_datasets(dataset, tmp_path, data):
+    """A good meta.json with one value replaced by anything, or arbitrary text: a clear refusal, or the same tokens as before."""
+    folder, good = tmp_path / "copy", json.loads((dataset / "meta.json").read_text())
+    if not folder.exists():
+        folder.mkdir()
+        for path in dataset.glob("*.bin"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    if data.draw(st.booleans()):
+        meta, where = json.loads(json.dumps(good)), data.draw(st.sampled_from([
+            ("tokenizer",), ("vocab_size",), ("splits",), ("splits", "train"), ("splits", "val", "shards"), ("splits", "train", "shards", 0),
+            ("splits", "train", "shards", 0, "name"), ("splits", "train", "shards", 0, "tokens"), ("splits", "train", "shards", 0, "sha256"),
+            ("splits", "val", "bytes"), ("splits", "val", "tokens")]))
+        inner = meta
+        for key in where[:-1]:
+            inner = inner[key]
+        inner[where[-1]] = data.draw(json_values)
+        (folder / "meta.json").write_text(json.dumps(meta))
+    else:
+        (folder / "meta.json").write_bytes(data.draw(st.one_of(st.binary(max_size=50), json_values.map(lambda v: json.dumps(v).encode()))))
+    try:
+        opened = Dataset(folder, 16, 257)
+        per_byte = opened.val_bytes_per_token
+    except (ValueError, FileNotFoundError) as error:
+        assert one_line(error)
+    else:
+        assert np.array_equal(opened.train.shards[0], Dataset(dataset, 16, 257).train.shards[0])
+        assert per_byte is None or per_byte > 0
+
+
+@SETTINGS
+@given(content=st.one_of(st.binary(max_size=80), st.text(max_size=60).map(str.encode), st.builds(
+    lambda key, value: f"{key} = {value}".encode(), st.sampled_from([*FIELDS, "n_layr"]), st.one_of(
+        st.text(max_size=12), json_values.map(repr), st.sampled_from(["exit()", "1e400", "-" * 5000 + "1", "(" * 300, "{[]: 1}", "10**9", "__import__"])))))
+def test_config_files(tmp_path, content):
+    path = tmp_path / "config.py"
+    path.write_bytes(content)
+    try:
+        values = read_config_file(path)
+        config = load_config([str(path)])
+    except ValueError as error:
+        assert one_line(error)
+    else:
+        assert set(values) <= set(FIELDS)
+        if "max_iters" not in values:
+            assert config.max_iters >= 1
+        assert all(getattr(config, key) == value or key in ("init_std", "max_iters", "d_ff", "d_expert", "n_kv_head") for key, value in values.items())
+
+
+@SETTINGS
+@given(key=st.one_of(st.sampled_from(sorted(FIELDS)), st.text(max_size=5)),
+       value=st.one_of(st.text(max_size=20), json_values.map(repr), st.sampled_from(["{[]: 1}", "(" * 300, "9" * 5000, "-" * 3000 + "1"])))
+def test_command_lines(key, value):
+    try:
+        load_config([f"--{key}={value}"])
+    except ValueError as error:
+        assert one_line(error)
+
+
+@SETTINGS
+@given(content=st.binary(max_size=300))
+def test_checkpoints(tmp_path, content):
+    (tmp_path / "ckpt_0000001.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        load_checkpoint(tmp_path / "ckpt_0000001.pt")
+    assert one_line(error.value)
+
+
+@SETTINGS
+@given(lines=st.lists(st.one_of(st.binary(max_size=30), json_values.map(lambda v: json.dumps(v).encode()), st.just(b'{"event": "train", "step": 3}'))))
+def test_logs(tmp_path, lines):
+    path, good = tmp_path / "log.jsonl", b'{"event": "train", "step": 2, "loss": 1.5, "spikes": 4}'
+    path.write_bytes(b"\n".join([good, *lines]))
+    history = keep_log_before(path, 4)
+    assert path.read_bytes().startswith(good + b"\n") and history.recent[0] == 1.5 and history.spikes == 4
+    assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
