@@ -21,6 +21,7 @@ import numpy as np
 
 MAGIC, LLMC_MAGIC, HEADER_BYTES = 20260526, 20240520, 256 * 4
 VERIFY_AT_START = 2 ** 30  # datasets up to this many bytes are checked in full when a run starts
+ORDER_BLOCK = 1024  # samples whose order is computed together: many cost little more than a few
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,14 +232,23 @@ def permute(index, n, seed):
     return index.astype(np.int64)
 
 
-def window_numbers(first, count, n, seed):
-    """Which of a split's n windows the samples first, first+1, ... of training are: without replacement within an epoch,
-    a new permutation each epoch. Sample number = step x global batch + position in the global batch."""
-    epoch, index = np.divmod(np.arange(first, first + count, dtype=np.int64), n)
-    out = np.empty(count, dtype=np.int64)
+@functools.lru_cache(maxsize=4)
+def window_block(block, n, seed):
+    """The windows of the samples block x ORDER_BLOCK and following: see window_numbers, which calls for a few at a time."""
+    first = block * ORDER_BLOCK
+    epoch, index = np.divmod(np.arange(first, first + ORDER_BLOCK, dtype=np.int64), n)
+    out = np.empty(ORDER_BLOCK, dtype=np.int64)
     for e in np.unique(epoch):
         out[epoch == e] = permute(index[epoch == e], n, [seed, int(e)])
     return out
+
+
+def window_numbers(first, count, n, seed):
+    """Which of a split's n windows the samples first, first+1, ... of training are: without replacement within an epoch,
+    a new permutation each epoch. Sample number = step x global batch + position in the global batch."""
+    blocks = range(first // ORDER_BLOCK, (first + count - 1) // ORDER_BLOCK + 1)
+    start = first - blocks.start * ORDER_BLOCK
+    return np.concatenate([window_block(block, n, seed) for block in blocks])[start:start + count]
 
 
 def fsync_folder(folder):

@@ -39,7 +39,7 @@ from data import HEADER_BYTES, Dataset, fsync_folder, get_encoding, shard_header
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
-CHUNK_CHARS = 2 ** 20  # what one thread tokenizes at a time
+CHUNK_CHARS = 2 ** 18  # what one thread tokenizes at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +378,8 @@ def prepare(files, out, encoding_name, source, val_fraction=0.01, field="text", 
             for split, writer in writers.items():
                 writer.restore(progress["writers"][split])
             tokens_before = sum(w.tokens for w in writers.values())
-            print(f"going on with {partial} after {sum(len(w.shards) for w in writers.values())} shards, {tokens_before:,} tokens", flush=True)
+            print(f"going on with {partial} after {sum(len(w.shards) for w in writers.values())} shards, {tokens_before:,} tokens",
+                  flush=True)
         known = {shard["name"] for w in writers.values() for shard in w.shards} | {w.name for w in writers.values() if w.file}
         for path in partial.iterdir():
             if path.name not in known | {"lock"} and not (progress and path.name == "progress.json"):

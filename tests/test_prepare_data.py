@@ -170,7 +170,8 @@ def many_documents(folder, files=4, documents=2500):
 def test_killed_preparations_end_in_the_same_bytes(tmp_path):
     """Kills at random moments, the same command again each time, other numbers of threads: one result, byte for byte."""
     many_documents(tmp_path / "in")
-    command = [sys.executable, "prepare_data.py", tmp_path / "in", "--encoding", "bytes", "--shard-tokens", "100000", "--val-fraction", "0.1"]
+    command = [sys.executable, "prepare_data.py", tmp_path / "in", "--encoding", "bytes", "--shard-tokens", "100000",
+               "--val-fraction", "0.1"]
     assert subprocess.run([*command, "--out", tmp_path / "straight"], cwd=ROOT, capture_output=True).returncode == 0
     rng, went_on, partial = random.Random(3), 0, tmp_path / "killed.partial"
     for kill in range(6):
@@ -282,8 +283,9 @@ def test_hugging_face_datasets(tmp_path, kind, monkeypatch):
 
 
 def test_leaked_documents_are_found(tmp_path):
-    """A validation document that is also training data, here across two shards; damaged token ids; both only --verify can see."""
-    for name, tokens in (("x_train_0.bin", [1, 2, 256, 3, 4]), ("x_train_1.bin", [5, 256, 6, 6, 6]), ("x_val_0.bin", [9, 9, 256, 3, 4, 5, 256])):
+    """A validation document that is also training data, there across two shards."""
+    for name, tokens in (("x_train_0.bin", [1, 2, 256, 3, 4]), ("x_train_1.bin", [5, 256, 6, 6, 6]),
+                         ("x_val_0.bin", [9, 9, 256, 3, 4, 5, 256])):
         header = np.zeros(256, dtype=np.int32)
         header[:3] = 20240520, 1, len(tokens)
         (tmp_path / name).write_bytes(header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes())
