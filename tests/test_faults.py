@@ -191,7 +191,8 @@ def test_a_full_disk(dataset, tmp_path, keys, message):
     args = " ".join([sys.executable, "train.py", *UNIFIED, *start(tmp_path / "disk" / "out", dataset, *keys), "--max_iters=60", "--resume"])
     free = 700 if keys[0][-1] == "4" else 20
     done = small_disk(tmp_path / "disk", f"mkdir {tmp_path}/disk/out; dd if=/dev/zero of={tmp_path}/disk/fill bs=1k "
-                      f"count={1016 - free} 2>&-\n{args}; echo status $? >&2; rm {tmp_path}/disk/fill; mount -o remount,size=50m {tmp_path}/disk\n"
+                      f"count={1016 - free} 2>&-\n{args}; echo status $? >&2\n"
+                      f"rm {tmp_path}/disk/fill; mount -o remount,size=50m {tmp_path}/disk\n"
                       f"ls {tmp_path}/disk/out >&2; {args} >&2 && cp -r {tmp_path}/disk/out {tmp_path}/rescued")
     if done is None:
         pytest.skip("no mount namespaces here: the file-size limit in test_checkpoint.py stands in for a full disk")
