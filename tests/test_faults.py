@@ -45,6 +45,10 @@ def lines_until(stream, part):
     return "".join(lines)
 
 
+def newest_step(out):
+    return max((int(p.name[5:-3]) for p in checkpoints(out)), default=0)
+
+
 def being_written(path):
     try:
         return path.stat().st_size > 0
@@ -73,7 +77,9 @@ def test_twenty_kills(dataset, tmp_path):
                 name = f"ckpt_{int(newest[5:-3] or 0) + rng.randint(1, 6):07d}.tmp" if newest else "ckpt_0000002.tmp"
                 temporary = temporary or out / name
         else:
-            time.sleep(rng.uniform(0.3, 3.5))
+            deadline, most = time.time() + rng.uniform(0.3, 3.5), newest_step(out) + 8  # a fast machine must not finish the run
+            while time.time() < deadline and newest_step(out) < most:
+                time.sleep(rng.uniform(0, 0.01))
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
         kills += 1
