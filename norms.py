@@ -4,126 +4,146 @@ Scale vectors: everything this project is about, in one file.
 A normalization layer is a fixed operation Norm(x) followed by a learnable scale vector γ. This file holds
 
   1. the normalization                 rms_norm
-  2. γ itself, and how it is written   ScaleVector, ordinary_reparam (OR), exponential_reparam (ER)
+  2. γ itself, and how it is written   ScaleVector; original_reparam (OR), exponential_reparam (ER), zero_centered_reparam
   3. who gets a γ                      branch_scale_vectors (shared, or HG: one per branch)
-  4. where γ sits around a linear map  input_placement, dual_placement (DP), dual_norm_placement (DNP)
-  5. a γ no linear map follows         OutputNorm (Q/K-norm, post-norm)
+  4. where γ sits around a linear map  input_, after_ (AP), dual_ (DP) and dual_norm_placement (DNP): see PLACEMENTS
+  5. a γ no linear map follows         OutputNorm (Q/K-norm, the norm on a sub-layer's output)
   6. the module that wires 2-4         ScaledLinear
   7. making γ disappear                fold_scale_vectors
 
-Letters: d input width of a linear map, m its output width, W (m, d) its weight, v (d,) the scale vector on its input
-side, u (m,) the one on its output side, x (..., d) an activation, b a branch: one of the maps that read the same x.
+Letters: d input width of a linear map, m its output width, W (m, d) its weight, v (d,) the scale vector on its input side, the
+paper's γ_b, u (m,) the one on its output side, the paper's γ_a, x (..., d) an activation, b a branch: one of the maps that read
+the same x. A map may be a stack of E experts: W (E, m, d), v (d,) or (E, d), u (E, m).
 
-Sources: "paper" is arXiv 2605.26895; "our reading" marks what we derived or decided. Nothing of ours is imported here.
+Sources: equation and section numbers are those of the paper, arXiv 2605.26895v1; "ours" marks what we derived or decided.
+Nothing of ours is imported here.
 """
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-PLACEMENTS = ("input", "dual", "dual_norm")
-REPARAMS = ("none", "ordinary", "exponential")
-EXECUTIONS = ("weights", "activations")
+REPARAMS = ("none", "original", "exponential", "zero_centered")
+EXECUTIONS = ("auto", "weights", "activations")
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the public name came with PyTorch 2.10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. the normalization
 
-def rms_norm(x, eps=1e-6):
-    """Norm(x) = x / sqrt(mean(x²) + eps) over the last dimension, with no scale vector. x (..., d) -> (..., d)."""
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
+def rms_norm(x, eps=1e-6, width=None):
+    """Norm(x) = √d x / ‖x‖ = x / sqrt(mean(x²)) over the last dimension (eq. 1). The paper names no ε; eps is added to mean(x²).
+    width: how many entries count, where zeros were appended to x (..., d) for the hardware's sake; None: all. -> (..., d)."""
+    d = x.size(-1)
+    if width is None or width == d:
+        return F.rms_norm(x, (d,), eps=eps)
+    share = width / d  # the mean over d is share times the mean over width
+    return F.rms_norm(x, (d,), eps=eps * share) * share ** 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. the scale vector and its reparameterizations
 
-def ordinary_reparam(beta, alpha):
-    """OR: γ = β α. Gradient flow on (β, α) moves γ by -(β² I + α αᵀ) ∇γ: faster along α. Starts at β = 1, α = 1.
-    beta (), alpha (d,) -> (d,). Paper's magnitude-direction split; the name's expansion is our reading."""
-    return beta * alpha
+def original_reparam(beta, alpha):
+    """OR, original space (eq. 8): γ = β Norm(α) = β √d α / ‖α‖, so ‖γ‖ = |β| √d. Starts at β = 1, α = 1 (theorem 3.2).
+    beta (..., 1), alpha (..., d) -> (..., d): the last dimension is one vector, those before it count experts."""
+    return beta * rms_norm(alpha, eps=0.0)
 
 
 def exponential_reparam(beta, alpha):
-    """ER: γ = e^β α. Gradient flow on (β, α) moves γ by -(e^{2β} I + γ γᵀ) ∇γ. Starts at β = 0, α = 1.
-    beta (), alpha (d,) -> (d,). Paper's magnitude-direction split; the name's expansion is our reading."""
-    return beta.exp() * alpha
+    """ER, exponential space (eq. 9): γ = e^β e^(α - mean(α)), all entries positive. The paper leaves the start open; ours is β = 0,
+    α = 0, where γ = 1. beta (..., 1), alpha (..., d) -> (..., d)."""
+    return beta.exp() * (alpha - alpha.mean(-1, keepdim=True)).exp()
+
+
+def zero_centered_reparam(alpha):
+    """γ = 1 + α, from α = 0: what Gemma and Qwen3-Next do. Weight decay on α pulls γ to 1, not to 0. Ours to compare with."""
+    return 1 + alpha
 
 
 class ScaleVector(nn.Module):
-    """One learnable γ (dim,), all ones at the start whatever the reparameterization. Calling it returns γ.
+    """One learnable γ (d,), or one for each expert (E, d), all ones at the start whatever the reparameterization. Calling it gives γ.
 
-    dim          its length
-    absorbable   True if a linear map beside it, before or after, can take it over exactly (our reading of the paper's
-                 criterion for weight decay; every claim is proved by fold_scale_vectors in the tests)
-    reparam      "none": parameter `gamma`; "ordinary" (OR) and "exponential" (ER): parameters `beta` and `alpha`
-    output_norm  True if it scales the output of a normalization that no linear map follows: the paper's Output-Norm,
-                 read literally. False for an Input-Norm's γ.
+    shape        (d,) or (E, d)
+    input_norm   True: a linear map follows immediately, as after a Pre-Norm. False: none does (section 2.2)
+    absorbable   True: a linear map beside it, before or after, can take it over exactly. Ours; proved by folding in the tests
+    reparam      "none": parameter `gamma`; "original" (OR), "exponential" (ER): `alpha` and `beta`; "zero_centered": `alpha`
+    magnitude    False leaves OR's and ER's β at its start: a Norm that follows would undo it (see ScaledLinear)
     Raises ValueError on an unknown reparam.
     """
 
-    def __init__(self, dim, absorbable, reparam="none", output_norm=False):
+    def __init__(self, shape, input_norm, absorbable, reparam="none", magnitude=True):
         super().__init__()
         if reparam not in REPARAMS:
             raise ValueError(f"scale_reparam={reparam!r} is unknown: choose one of {', '.join(REPARAMS)}")
-        self.dim, self.absorbable, self.reparam, self.output_norm = dim, absorbable, reparam, output_norm
+        self.shape, self.input_norm, self.absorbable, self.reparam = tuple(shape), input_norm, absorbable, reparam
         if reparam == "none":
-            self.gamma = nn.Parameter(torch.ones(dim))
+            self.gamma = nn.Parameter(torch.ones(shape))
+            return
+        self.alpha = nn.Parameter(torch.ones(shape) if reparam == "original" else torch.zeros(shape))
+        if reparam == "zero_centered":
+            return
+        beta = torch.ones(*shape[:-1], 1) if reparam == "original" else torch.zeros(*shape[:-1], 1)
+        if magnitude:
+            self.beta = nn.Parameter(beta)
         else:
-            self.beta = nn.Parameter(torch.ones(()) if reparam == "ordinary" else torch.zeros(()))
-            self.alpha = nn.Parameter(torch.ones(dim))
+            self.register_buffer("beta", beta, persistent=False)
 
     def forward(self):
-        if self.reparam == "ordinary":
-            return ordinary_reparam(self.beta, self.alpha)
+        if self.reparam == "original":
+            return original_reparam(self.beta, self.alpha)
         if self.reparam == "exponential":
             return exponential_reparam(self.beta, self.alpha)
+        if self.reparam == "zero_centered":
+            return zero_centered_reparam(self.alpha)
         return self.gamma
 
     @torch.no_grad()
     def collapse(self):
         """The plain γ with the same value: OR and ER are ways to train γ, not other functions."""
-        plain = ScaleVector(self.dim, self.absorbable, "none", self.output_norm)
-        plain.gamma = nn.Parameter(self().detach().clone())
+        plain = ScaleVector(self.shape, self.input_norm, self.absorbable)
+        plain.gamma = nn.Parameter(self().clone())
         return plain
 
     def extra_repr(self):
-        return f"{self.dim}, absorbable={self.absorbable}, reparam={self.reparam!r}, output_norm={self.output_norm}"
+        return f"{self.shape}, input_norm={self.input_norm}, absorbable={self.absorbable}, reparam={self.reparam!r}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. heterogeneity
 
 def branch_scale_vectors(branches, heterogeneous, make):
-    """The input-side vectors of the branches that read one norm. Paper's heterogeneity (HG).
+    """The input-side vectors of the branches that read one norm.
 
-    shared:  W_b (γ ⊙ x̂)    one γ for every branch b: what every Llama has
-    HG:      W_b (γ_b ⊙ x̂)  each branch its own
+    shared:       W_b (γ ⊙ x̂)    one γ for every branch b: what every Llama has
+    HG (eq. 4):   W_b (γ_b ⊙ x̂)  each branch its own: γ_Q, γ_K, γ_V, γ_gate, γ_up
 
-    branches: names; make: () -> ScaleVector. Returns ({key: ScaleVector}, {branch: key}).
+    branches: names; make: list of those a vector serves -> ScaleVector. Returns ({key: ScaleVector}, {branch: key}).
     """
     if heterogeneous:
-        return {b: make() for b in branches}, {b: b for b in branches}
+        return {b: make([b]) for b in branches}, {b: b for b in branches}
     shared = "_".join(branches) if len(branches) <= 3 else "shared"
-    return {shared: make()}, {b: shared for b in branches}
+    return {shared: make(list(branches))}, {b: shared for b in branches}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. placement around a linear map
 #
-# The three functions below take lists, one entry a branch, because the branches that read one x run as one product.
-# execution="activations" is the textbook form: multiply x, then y. It works on every token, and with HG it splits the
-# product. execution="weights" is the same function on another route: the weight is scaled, in its own dtype (float32
-# master weights), on its way to the compute dtype. That cast reads all of W anyway, so the multiply is nearly free.
-# (Our reading, section "Why it costs nothing" of the README.)
+# The placements take lists, one entry a branch, because the branches that read one x run as one product. Two routes lead to the
+# same value. By activations, the textbook's: multiply x, then y. By weights: scale W in its own dtype, float32, on its way to the
+# compute dtype; that cast reads W anyway, and branches with vectors of their own stay one product (ours, as is the choice "auto":
+# a γ that all branches share multiplies x, where its gradient joins the norm's; every other one multiplies W).
 
-#
-# Experts: W (E, m, d), v (E, d) and u (E, m) hold one map for each expert, and rows = (expert, offsets) says which expert each
-# row of x meets: rows are sorted by expert, expert (N,) is its number, offsets (E,) int32 where each expert's rows end.
+class Rows(NamedTuple):
+    """Which expert each row of x meets, where x is sorted by expert: its number (N,), and where each expert's rows end (E,) int32."""
+    expert: torch.Tensor
+    ends: torch.Tensor
+
 
 def scale_weight(W, v=None, u=None):
-    """W̃ = diag(u) W diag(v) = W ⊙ (u vᵀ). W (..., m, d), v (..., d), u (..., m); None stands for all ones.
+    """W̃ = diag(u) W diag(v) = W ⊙ (u vᵀ) (table 1). W (..., m, d), v (..., d), u (..., m); None stands for all ones.
     Absorption: W̃ x = u ⊙ W (v ⊙ x), so γ adds no function that W could not have, only another way to train it."""
     if v is not None:
         W = W * v.unsqueeze(-2)
@@ -133,61 +153,112 @@ def scale_weight(W, v=None, u=None):
 
 
 def scale_activation(x, gamma=None, rows=None):
-    """γ ⊙ x in x's dtype, multiplied in the wider of the two; with rows, each row by its expert's γ. None: all ones."""
+    """γ ⊙ x in x's dtype, multiplied in the wider of the two. gamma (d,), or (E, d) with each row of x by its expert's; None: all
+    ones. Where zeros were appended to x, γ's are appended too. The product with a one-hot matrix is γ[expert]: its gradient is a
+    product again, not a thousand additions to one address."""
     if gamma is None:
         return x
-    return (x * (gamma if rows is None else gamma[rows[0]])).to(x.dtype)
+    if gamma.ndim == 2 and rows is not None:
+        gamma = F.one_hot(rows.expert, gamma.size(0)).to(gamma.dtype) @ gamma
+    if gamma.size(-1) < x.size(-1):
+        gamma = F.pad(gamma, (0, x.size(-1) - gamma.size(-1)))
+    return (x * gamma).to(x.dtype)
 
 
-def fused_linear(x, weights, rows=None):
-    """[W_b x for b] as one product: x (..., d), weights [(m_b, d)] -> [(..., m_b)]. The cast to x's dtype is here.
-    With rows: x (N, d), weights [(E, m_b, d)], each row by its expert's matrix."""
-    W = (weights[0] if len(weights) == 1 else torch.cat(weights, dim=-2)).to(x.dtype)
-    y = F.linear(x, W) if rows is None else grouped_mm(x, W.transpose(-2, -1), offs=rows[1])
-    return y.split([w.size(-2) for w in weights], dim=-1)
+def linear(x, weights, rows=None, pad=False):
+    """[W_b x for b] as one product: x (..., d), weights [(m_b, d)] -> [(..., m_b)], cast to x's dtype here. With rows: x (N, d) and
+    weights [(E, m_b, d)], each row by its expert's matrix.
+    pad: in bfloat16 the *copy* of W gets zero rows up to a multiple of 8, because tensor cores want rows of 16 bytes; y keeps the
+    zeros. If x is wider than W because of such zeros, the copy gets zero columns."""
+    columns = x.size(-1) - weights[0].size(-1)
+    padding = [-W.size(-2) % 8 if pad and x.dtype == torch.bfloat16 else 0 for W in weights]
+    copies = [W.to(x.dtype) for W in weights]
+    copies = [F.pad(W, (0, columns, 0, p)) if columns or p else W for W, p in zip(copies, padding)]
+    W = copies[0] if len(copies) == 1 else torch.cat(copies, dim=-2)
+    if W.ndim == 2:
+        y = F.linear(x, W)
+    elif x.dtype == torch.bfloat16:
+        y = grouped_mm(x, W.transpose(-2, -1), offs=rows.ends)
+    else:
+        counts = rows.ends.diff(prepend=rows.ends.new_zeros(1)).tolist()
+        y = torch.cat([part @ W_e.T for part, W_e in zip(x.split(counts), W)])
+    return y.split([W_b.size(-2) for W_b in copies], dim=-1)
 
 
-def input_placement(x, W, v, execution="weights", rows=None):
-    """y_b = W_b diag(v_b) x: a scale vector on the input side only. This is the baseline, γ of an Input-Norm.
-    x (..., d), W [(m_b, d)], v [(d,) or None] -> [(..., m_b)]."""
-    if execution == "weights":
-        return fused_linear(x, [scale_weight(W_b, v_b) for W_b, v_b in zip(W, v)], rows)
-    if all(v_b is v[0] for v_b in v):  # one shared vector: scale x once and keep the product fused
-        return fused_linear(scale_activation(x, v[0], rows), W, rows)
-    return [fused_linear(scale_activation(x, v_b, rows), [W_b], rows)[0] for W_b, v_b in zip(W, v)]
+def scaled_product(x, W, v, u, execution="auto", rows=None, pad=False):
+    """[u_b ⊙ W_b (v_b ⊙ x) for b], by the route that `execution` names. Entries of v and u may be None. -> [(..., m_b)]."""
+    shared = all(v_b is v[0] for v_b in v)
+    x_scaled = execution == "activations" or (execution == "auto" and shared)
+    y_scaled = execution == "activations"
+    if not (x_scaled and y_scaled):
+        W = [scale_weight(W_b, None if x_scaled else v_b, None if y_scaled else u_b) for W_b, v_b, u_b in zip(W, v, u)]
+    if x_scaled and shared:
+        y = linear(scale_activation(x, v[0], rows), W, rows, pad)
+    elif x_scaled:
+        y = [linear(scale_activation(x, v_b, rows), [W_b], rows, pad)[0] for W_b, v_b in zip(W, v)]
+    else:
+        y = linear(x, W, rows, pad)
+    return [scale_activation(y_b, u_b, rows) for y_b, u_b in zip(y, u)] if y_scaled else list(y)
 
 
-def dual_placement(x, W, v, u, execution="weights", rows=None):
-    """DP: y_b = u_b ⊙ W_b diag(v_b) x, scale vectors on both sides of the map. Paper.
-    x (..., d), W [(m_b, d)], v [(d,) or None], u [(m_b,) or None] -> [(..., m_b)]."""
-    if execution == "weights":
-        return fused_linear(x, [scale_weight(W_b, v_b, u_b) for W_b, v_b, u_b in zip(W, v, u)], rows)
-    return [scale_activation(y_b, u_b, rows) for y_b, u_b in zip(input_placement(x, W, v, execution, rows), u)]
+def input_placement(x, W, v, u=None, norm=None, **route):
+    """The standard form: y_b = W_b (γ_b ⊙ x), a scale vector on the input side only, as an Input-Norm has it.
+    x (..., d), W [(m_b, d)], v [(d,) or None] -> [(..., m_b)]; route: see scaled_product."""
+    return scaled_product(x, W, v, [None] * len(W), **route)
 
 
-def dual_norm_placement(x, W, v, u, width, eps=1e-6, execution="weights", rows=None):
-    """DNP: y_b = u_b ⊙ Norm(W_b diag(v_b) x), a normalization between the map and its output-side vector. Paper;
-    that Norm runs over groups of `width` channels (a head for q, k, v; the whole vector for gate and up) is our reading.
-    x (..., d), W [(m_b, d)], v [(d,) or None], u [(m_b,) or None] -> [(..., m_b)]; width divides every m_b."""
-    y = input_placement(x, W, v, execution, rows)
-    normed = [rms_norm(y_b.unflatten(-1, (-1, width)), eps).flatten(-2) for y_b in y]
-    return [scale_activation(n_b, u_b, rows) for n_b, u_b in zip(normed, u)]
+def after_placement(x, W, v, u, norm=None, **route):
+    """AP (eq. 5): y_b = γ_a ⊙ (W_b x), a scale vector on the output side only. u [(m_b,) or None]; the rest as above."""
+    return scaled_product(x, W, [None] * len(W), u, **route)
+
+
+def dual_placement(x, W, v, u, norm=None, **route):
+    """DP (eq. 6): y_b = γ_a ⊙ (W_b (γ_b ⊙ x)), scale vectors on both sides of the map."""
+    return scaled_product(x, W, v, u, **route)
+
+
+def dual_norm_placement(x, W, v, u, norm, **route):
+    """DNP (eq. 7): y_b = γ_a ⊙ Norm(W_b (γ_b ⊙ x)), a normalization between the map and its output-side vector. Norm acts on
+    each head of q, k, v and on the whole output of any other map. norm: (y_b, u_b, b's place in the list) -> output_norm of it,
+    or None to stop before the norm, for a caller that applies it piece by piece (the loss over the vocabulary)."""
+    y = scaled_product(x, W, v, [None] * len(W), **route)
+    return y if norm is None else [norm(y_b, u_b, i) for i, (y_b, u_b) in enumerate(zip(y, u))]
+
+
+class Placement(NamedTuple):
+    function: object  # one of the four above
+    input_side: bool  # is there a γ_b?
+    output_side: bool  # is there a γ_a?
+
+
+PLACEMENTS = {"input": Placement(input_placement, True, False),
+              "after": Placement(after_placement, False, True),
+              "dual": Placement(dual_placement, True, True),
+              "dual_norm": Placement(dual_norm_placement, True, True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Output-Norm
 
+def output_norm(z, gamma, width, eps=1e-6, rows=None):
+    """γ ⊙ Norm(z), Norm over groups of `width` channels: the heads of q, k, v, else all of them. z (..., m), gamma (m,), (E, m) or
+    None -> (..., m). One group may have zeros appended to it."""
+    if z.size(-1) < 2 * width:
+        return scale_activation(rms_norm(z, eps, width), gamma, rows)
+    return scale_activation(rms_norm(z.unflatten(-1, (-1, width)), eps).flatten(-2), gamma, rows)
+
+
 class OutputNorm(nn.Module):
-    """γ ⊙ Norm(z) that no linear map follows: Q/K-norm before RoPE, Gemma's post-norm before the residual add. Paper's
-    Output-Norm. The output's scale is γ itself and no weight can undo its decay, so it is never absorbable."""
+    """γ ⊙ Norm(z) that no linear map follows: Q/K-norm before RoPE, Gemma's norms on the outputs of attention and FFN (section 2.2).
+    The output's scale is γ itself and no weight can undo its decay, so it is never absorbable."""
 
     def __init__(self, dim, vectors=True, reparam="none", eps=1e-6):
         super().__init__()
-        self.eps = eps
-        self.scale = ScaleVector(dim, absorbable=False, reparam=reparam, output_norm=True) if vectors else None
+        self.dim, self.eps = dim, eps
+        self.scale = ScaleVector((dim,), input_norm=False, absorbable=False, reparam=reparam) if vectors else None
 
     def forward(self, z):  # (..., dim) -> (..., dim)
-        return scale_activation(rms_norm(z, self.eps), None if self.scale is None else self.scale())
+        return output_norm(z, None if self.scale is None else self.scale(), self.dim, self.eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,69 +268,68 @@ class ScaledLinear(nn.Module):
     """The linear maps ("branches", no biases) that read one stream x, and the scale vectors around them.
 
     in_features    d
-    branches       {"q": m_q, "k": m_k, ...}
-    placement      {"q": "dual_norm", ...}: one of PLACEMENTS for each branch, or None for a map without any vector
+    branches       {"q": (m_q,), ...}; (E, m) for a stack of E experts
+    placement      {"q": "dual_norm", ...}: a name from PLACEMENTS for each branch, or None for a map without any vector
     vectors        False removes every scale vector; the normalizations stay, DNP's too
     heterogeneous  HG: an input-side vector for each branch instead of one for all
-    reparam        how each vector is written: see ScaleVector
-    execution      "weights" or "activations": two routes to the same function
-    norm_width     channels that DNP normalizes together
+    reparam        how each vector is written: see ScaleVector. An input-side vector that only DNP branches read has no magnitude β:
+                   the Norm that follows undoes it, its gradient is zero, and Adam would move it by rounding errors (ours)
+    execution      "auto", "weights" or "activations": routes to the same function
+    norm_width     {branch: channels that DNP normalizes together}, where it is not the whole output
     absorbed_by    {"v": (maps, "o")}: the ScaledLinear, and its branch, that can take over this branch's DNP output side,
                    because only channel-wise operations stand between the two
     tied           the weight serves elsewhere too (a tied head), so it cannot take over its vectors
+    pad            outputs may keep the zeros that `linear` appends: what reads them is a ScaledLinear again
 
-    forward: x (..., d) -> one (..., m_b) for each branch, or for the named ones, in order. Parameters: `weight.q` (m_q, d),
-    `scale_in.q` under HG or `scale_in.q_k_v` when shared (`scale_in.shared` if there are more than three), `scale_out.q`.
+    forward: x (..., d) -> (..., m), or a list of them for several branches. Parameters: `weight.q` (m_q, d), `scale_in.q` under HG
+    or `scale_in.q_k_v` when shared (`scale_in.shared` if there are more than three), `scale_out.q`.
     """
 
-    def __init__(self, in_features, branches, placement, *, vectors=True, heterogeneous=False, reparam="none",
-                 execution="weights", norm_width=None, eps=1e-6, absorbed_by=None, tied=False):
+    def __init__(self, in_features, branches, placement, *, vectors=True, heterogeneous=False, reparam="none", execution="auto",
+                 norm_width=None, eps=1e-6, absorbed_by=None, tied=False, pad=False):
         super().__init__()
-        self.in_features, self.branches, self.placement = in_features, dict(branches), dict(placement)
-        self.execution, self.norm_width, self.eps = execution, norm_width, eps
-        self.absorbed_by, self.tied = absorbed_by or {}, tied
-        self.weight = nn.ParameterDict({b: nn.Parameter(torch.empty(m, in_features)) for b, m in branches.items()})
+        self.in_features, self.branches, self.tied, self.eps = in_features, dict(branches), tied, eps
+        self.placement = {b: PLACEMENTS[placement[b]] if placement[b] else Placement(input_placement, False, False) for b in branches}
+        self.norm_width = {b: (norm_width or {}).get(b, shape[-1]) for b, shape in branches.items()}
+        self.absorbed_by, self.route = absorbed_by or {}, {"execution": execution, "pad": pad}
+        self.weight = nn.ParameterDict({b: nn.Parameter(torch.empty(*shape, in_features)) for b, shape in branches.items()})
+        normalized = [b for b, p in self.placement.items() if p.function is dual_norm_placement]
 
-        scale_in, self.reads, scale_out = {}, {}, {}
-        if vectors:
-            scaled = [b for b in branches if placement[b] is not None]
-            if scaled:
-                scale_in, self.reads = branch_scale_vectors(
-                    scaled, heterogeneous, lambda: ScaleVector(in_features, absorbable=not tied, reparam=reparam))
-            for b in scaled:
-                if placement[b] == "dual":
-                    scale_out[b] = ScaleVector(branches[b], absorbable=not tied, reparam=reparam)
-                elif placement[b] == "dual_norm":
-                    scale_out[b] = ScaleVector(branches[b], absorbable=b in self.absorbed_by, reparam=reparam,
-                                               output_norm=True)
-        self.scale_in, self.scale_out = nn.ModuleDict(scale_in), nn.ModuleDict(scale_out)
+        def make_input(serves):
+            stack = branches[serves[0]][:-1] if heterogeneous else ()  # under HG each expert has its own
+            return ScaleVector((*stack, in_features), True, not tied, reparam, magnitude=any(b not in normalized for b in serves))
 
-    def forward(self, x, branches=None):
+        def make_output(b):
+            return ScaleVector(branches[b], False, b in self.absorbed_by if b in normalized else not tied, reparam)
+
+        scale_in, self.reads = {}, {}
+        inputs, outputs = ([b for b in branches if vectors and self.placement[b][side]] for side in (1, 2))
+        if inputs:
+            scale_in, self.reads = branch_scale_vectors(inputs, heterogeneous, make_input)
+        self.scale_in = nn.ModuleDict(scale_in)
+        self.scale_out = nn.ModuleDict({b: make_output(b) for b in outputs})
+
+    def forward(self, x, branches=None, rows=None, finish=True):
+        """The named branches, or all. rows: see Rows, for stacks of experts. finish=False leaves DNP's norm and γ_a to `finish`."""
         names = list(branches or self.branches)
-        return self._run(x, names, [[b] for b in names], lambda tensors: tensors[0])
-
-    def forward_experts(self, x, kinds, n_expert, rows):
-        """Grouped products over the branches expert_0_KIND, expert_1_KIND, ...: x (N, d) -> one (N, m) for each kind."""
-        return self._run(x, kinds, [[f"expert_{e}_{kind}" for e in range(n_expert)] for kind in kinds],
-                         lambda tensors: None if tensors[0] is None else torch.stack(tensors), rows)
-
-    def _run(self, x, names, members, join, rows=None):
-        """The outputs called names; the parameters of each are its members' (a branch, or the experts') joined."""
-        v = {key: self.scale_in[key]() for key in {self.reads[b]: None for bs in members for b in bs if b in self.reads}}
+        v = {key: self.scale_in[key]() for key in dict.fromkeys(self.reads[b] for b in names if b in self.reads)}
+        u = {b: self.scale_out[b]() for b in names if b in self.scale_out}
         y = {}
-        for placement in dict.fromkeys(self.placement[bs[0]] for bs in members):  # one product for those that are placed alike
-            placed = [(name, bs) for name, bs in zip(names, members) if self.placement[bs[0]] == placement]
-            W = [join([self.weight[b] for b in bs]) for _, bs in placed]
-            v_b = [join([v.get(self.reads.get(b)) for b in bs]) for _, bs in placed]
-            u_b = [join([self.scale_out[b]() if b in self.scale_out else None for b in bs]) for _, bs in placed]
-            if placement == "dual":
-                out = dual_placement(x, W, v_b, u_b, self.execution, rows)
-            elif placement == "dual_norm":
-                out = dual_norm_placement(x, W, v_b, u_b, self.norm_width, self.eps, self.execution, rows)
-            else:
-                out = input_placement(x, W, v_b, self.execution, rows)
-            y.update(zip([name for name, _ in placed], out))
-        return [y[name] for name in names]
+        for function in dict.fromkeys(self.placement[b].function for b in names):  # one product for those that are placed alike
+            group = [b for b in names if self.placement[b].function is function]
+            norm = (lambda z, u_b, i, group=group: self._norm(group[i], z, u_b, rows)) if finish else None
+            y.update(zip(group, function(x, [self.weight[b] for b in group], [v.get(self.reads.get(b)) for b in group],
+                                         [u.get(b) for b in group], norm=norm, rows=rows, **self.route)))
+        return y[names[0]] if len(names) == 1 else [y[b] for b in names]
+
+    def _norm(self, b, z, u_b, rows=None):
+        return output_norm(z, u_b, self.norm_width[b], self.eps, rows)
+
+    def finish(self, b, z):
+        """What forward(finish=False) has left undone for branch b: DNP's γ_a ⊙ Norm(z), or nothing."""
+        if self.placement[b].function is not dual_norm_placement:
+            return z
+        return self._norm(b, z, self.scale_out[b]() if b in self.scale_out else None)
 
     @torch.no_grad()
     def fold(self):
@@ -268,17 +338,16 @@ class ScaledLinear(nn.Module):
             return
         for b, W in self.weight.items():
             v = self.scale_in[self.reads[b]]() if b in self.reads else None
-            u = self.scale_out[b]() if self.placement[b] == "dual" and b in self.scale_out else None
+            u = self.scale_out[b]() if b in self.scale_out and self.placement[b].function is not dual_norm_placement else None
             W.copy_(scale_weight(W, v, u))
             if u is not None:
                 del self.scale_out[b]
         self.scale_in, self.reads = nn.ModuleDict(), {}
         for b, (after, name) in self.absorbed_by.items():
-            if self.placement[b] == "dual_norm" and b in self.scale_out:
-                # grouped-query attention serves each value head to several query heads
-                heads = self.scale_out[b]().view(-1, self.norm_width)
-                u = heads.repeat_interleave(after.in_features // heads.numel(), dim=0).flatten()
-                after.weight[name].copy_(scale_weight(after.weight[name], v=u))
+            if b in self.scale_out:  # grouped-query attention serves each value head to several query heads
+                u, width = self.scale_out[b](), self.norm_width[b]
+                heads = u.unflatten(-1, (-1, width)).repeat_interleave(after.in_features // u.size(-1), dim=-2)
+                after.weight[name].copy_(scale_weight(after.weight[name], v=heads.flatten(-2)))
                 del self.scale_out[b]
 
 
@@ -291,9 +360,9 @@ def named_scale_vectors(model):
 
 
 def fold_scale_vectors(model):
-    """An equal model in which every absorbable vector has gone into a neighbouring weight: W ← diag(u) W diag(v), and
-    DNP's output sides of v and up into W_o and W_down. What remains is not absorbable, and is written as a plain γ.
-    The given model is left as it is. Our reading of the paper's "adds no expressivity"."""
+    """An equal model in which every absorbable vector has gone into a neighbouring weight: W ← diag(u) W diag(v), and DNP's output
+    sides of v and up into W_o and W_down. What remains is not absorbable, and is written as a plain γ. The given model is left as
+    it is. This is what the paper calls negligible expressivity, made executable (ours)."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         if isinstance(module, ScaledLinear):

@@ -1,9 +1,11 @@
 """
 Who is decayed, who steps, and how fast: parameter groups, optimizers and learning-rate schedules.
 
-  param_groups     every parameter in exactly one group; scale vectors by one of five weight-decay policies
-  make_optimizer   AdamW, or Muon for the hidden matrices with AdamW for the rest
-  cosine, wsd      the learning rate as a pure function of the step
+  param_groups       every parameter in exactly one group; scale vectors by one of five weight-decay policies
+  Muon               orthogonalized momentum, all matrices of one shape at once
+  make_optimizer     AdamW, or Muon for the hidden matrices with AdamW for the rest
+  optimizer_state    what a checkpoint keeps, by parameter name
+  learning_rate      the schedule, cosine or wsd, as a pure function of the step
 """
 import math
 
@@ -13,67 +15,102 @@ from norms import ScaleVector
 
 # policy -> is this scale vector decayed? (scale_weight_decay)
 SCALE_DECAY_POLICIES = {
+    "all": lambda scale: True,  # what Gemma's baseline is said to do (figure 3), and our reading of every row without IWD
     "none": lambda scale: False,
-    "all": lambda scale: True,
-    "absorbable": lambda scale: scale.absorbable,  # IWD, its criterion taken literally
-    "input_norm": lambda scale: not scale.output_norm,  # IWD, the name taken literally: whatever is no Output-Norm
-    "not_absorbable": lambda scale: not scale.absorbable,  # the converse, to see it hurt
+    "input_norm": lambda scale: scale.input_norm,  # IWD (section 2.2): decay Input-Norms, not Output-Norms
+    "output_norm": lambda scale: not scale.input_norm,  # the converse (figure 3)
+    "absorbable": lambda scale: scale.absorbable,  # ours: decay what a neighbouring matrix could take over
 }
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
 
 
-def param_groups(model, weight_decay, scale_weight_decay="none", decay_embeddings=True):
-    """torch.optim parameter groups, each with a `name` and its `weight_decay`; empty groups are left out.
+def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings=True, scale_lr=1.0):
+    """torch.optim parameter groups of (name, parameter) pairs, each with a `name`, its `weight_decay` and `lr_scale`; empty groups
+    are left out.
 
-    hidden         the matrices of every layer, each expert's on its own: decayed
+    hidden         the matrices of every layer, stacks of experts included: decayed
     router         the matrices that choose experts: decayed
     head           the output matrix (with a tied head it is the embedding): decayed
     embedding      the look-up table: decayed if decay_embeddings
-    scale_decayed  scale vectors that the policy decays. Of γ = β α (OR) and γ = e^β α (ER) both parts are: with α alone,
-                   β could grow without bound along their common symmetry (our reading, as DESIGN's of (γ, W))
+    scale_decayed  scale vectors that the policy decays. Of OR and ER both β and α are (the paper does not say). Decay on OR's α only
+                   changes how fast its direction turns, Norm(cα) = Norm(α); decay on β shrinks the magnitude
     scale          the other scale vectors: not decayed
 
-    scale_weight_decay: "none", "all", "absorbable" (IWD), "input_norm" (IWD, literal reading), "not_absorbable".
-    Raises ValueError on another policy, and on a parameter that fits no group.
+    scale_weight_decay: "all", "none", "input_norm" (IWD), "output_norm", "absorbable". scale_lr multiplies the learning rate of
+    scale vectors (ours). Raises ValueError on another policy, and on a parameter that fits no group.
     """
     if scale_weight_decay not in SCALE_DECAY_POLICIES:
         raise ValueError(f"scale_weight_decay={scale_weight_decay!r} is unknown: "
                          f"choose one of {', '.join(SCALE_DECAY_POLICIES)}")
-    scales = {}  # parameter -> the vector it belongs to
-    for module in model.modules():
-        if isinstance(module, ScaleVector):
-            scales.update((p, module) for p in module.parameters())
-
+    scales = {p: module for module in model.modules() if isinstance(module, ScaleVector) for p in module.parameters()}
     groups = {name: [] for name in ("hidden", "router", "head", "embedding", "scale_decayed", "scale")}
     for name, p in model.named_parameters():
         if p in scales:
             decayed = SCALE_DECAY_POLICIES[scale_weight_decay](scales[p])
-            groups["scale_decayed" if decayed else "scale"].append(p)
+            groups["scale_decayed" if decayed else "scale"].append((name, p))
         elif p is model.embedding.weight:
-            groups["embedding"].append(p)
+            groups["embedding"].append((name, p))
         elif name.startswith("head.") and p.ndim == 2:
-            groups["head"].append(p)
-        elif name.startswith("layers.") and p.ndim == 2:
-            groups["router" if name.endswith(".router") else "hidden"].append(p)
+            groups["head"].append((name, p))
+        elif name.startswith("layers.") and p.ndim >= 2:
+            groups["router" if name.endswith(".router") else "hidden"].append((name, p))
         else:
             raise ValueError(f"parameter {name} of shape {tuple(p.shape)} fits no group: give it one in param_groups")
-    decay = {"hidden": weight_decay, "router": weight_decay, "head": weight_decay, "embedding": weight_decay if decay_embeddings else 0.0,
-             "scale_decayed": weight_decay, "scale": 0.0}
-    return [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params]
+    decay = {"embedding": weight_decay if decay_embeddings else 0.0, "scale": 0.0}
+    return [{"name": name, "params": params, "weight_decay": decay.get(name, weight_decay),
+             "lr_scale": scale_lr if name.startswith("scale") else 1.0} for name, params in groups.items() if params]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+def orthogonalize(M, steps=5):
+    """About U Vᵀ of M = U S Vᵀ, by the quintic Newton-Schulz iteration with the coefficients of Muon's authors, in bfloat16 as theirs:
+    singular values end between about 0.7 and 1.2. M (k, m, n), k matrices at once -> the same shape."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    X = M.bfloat16()
+    tall = M.size(-2) > M.size(-1)
+    X = X.mT if tall else X
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """W ← (1 - lr λ) W - lr 0.2 √max(m, n) orthogonalize(g + μ (B - g)), B ← B + (1 - μ)(g - B), with Nesterov's look ahead: Moonlight's
+    form (arXiv 2502.16982), whose factor gives the update AdamW's usual size, so one learning rate and one weight decay λ serve
+    both. As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", matrix by matrix, but all matrices of one shape run as one
+    batch, stacks of experts (E, m, n) too: a few dozen kernels a step, not thousands."""
+
+    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, by_shape = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - momentum)
+                    by_shape.setdefault(tuple(p.shape[-2:]), []).append((p, p.grad.lerp(buffer, momentum)))
+            for (m, n), members in by_shape.items():
+                updates = orthogonalize(torch.cat([update.bfloat16().view(-1, m, n) for _, update in members]))
+                for (p, _), update in zip(members, updates.split([p.numel() // (m * n) for p, _ in members])):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(update.view_as(p), alpha=-lr * 0.2 * max(m, n) ** 0.5)
 
 
 class MuonWithAdamW:
-    """torch.optim.Muon for the group "hidden", torch.optim.AdamW for all others, behind the face of one optimizer.
-    adjust_lr_fn="match_rms_adamw" scales Muon's orthogonal update to AdamW's usual size, so one learning rate and one
-    weight decay serve both (Moonlight, arXiv 2502.16982)."""
+    """Muon for the group "hidden", torch.optim.AdamW for all others, with the face of one optimizer."""
 
     def __init__(self, groups, lr, betas, momentum, fused):
         hidden = [g for g in groups if g["name"] == "hidden"]
         others = [g for g in groups if g["name"] != "hidden"]
-        self.parts = [torch.optim.Muon(hidden, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)]
+        self.parts = [Muon(hidden, lr=lr, momentum=momentum), torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)]
 
     @property
     def param_groups(self):
@@ -87,13 +124,6 @@ class MuonWithAdamW:
         for part in self.parts:
             part.zero_grad(set_to_none=set_to_none)
 
-    def state_dict(self):
-        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
-
-    def load_state_dict(self, state):
-        self.parts[0].load_state_dict(state["muon"])
-        self.parts[1].load_state_dict(state["adamw"])
-
 
 def make_optimizer(groups, optimizer="adamw", lr=1e-3, betas=(0.9, 0.95), muon_momentum=0.95, fused=False):
     """The optimizer over param_groups' groups. fused: AdamW's one-kernel step, for CUDA."""
@@ -103,6 +133,43 @@ def make_optimizer(groups, optimizer="adamw", lr=1e-3, betas=(0.9, 0.95), muon_m
         return MuonWithAdamW(groups, lr, betas, muon_momentum, fused)
     raise ValueError(f"optimizer={optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
 
+
+def parts_of(optimizer):
+    return getattr(optimizer, "parts", [optimizer])
+
+
+def optimizer_state(optimizer):
+    """{parameter name: {"exp_avg": tensor, ...}}: moments and step counts. Learning rates, decays and the like are not in it: they
+    are the configuration's, also after a resume."""
+    return {name: dict(part.state[p]) for part in parts_of(optimizer) for group in part.param_groups
+            for name, p in zip(group["param_names"], group["params"]) if p in part.state}
+
+
+def load_optimizer_state(optimizer, state):
+    """Put back what optimizer_state gave, parameter by parameter. Raises ValueError if a name or a shape is not the optimizer's."""
+    homes = {name: (part, p) for part in parts_of(optimizer) for group in part.param_groups
+             for name, p in zip(group["param_names"], group["params"])}
+    if strange := sorted(state.keys() ^ homes.keys()) if state else []:
+        raise ValueError(f"the optimizer's state is of another model: {strange[0]} is {'missing' if strange[0] in homes else 'unknown'}"
+                         f"{f', and {len(strange) - 1} more' if len(strange) > 1 else ''}")
+    for name, values in state.items():
+        part, p = homes[name]
+        for key, value in values.items():
+            if value.ndim and value.shape != p.shape:
+                raise ValueError(f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+        # AdamW keeps its step count on the CPU unless it is fused
+        part.state[p] = {key: value.to(p.device, copy=True) if value.ndim or part.defaults.get("fused") else value.clone()
+                         for key, value in values.items()}
+
+
+def set_learning_rate(optimizer, lr):
+    """Every group's learning rate: lr times its lr_scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules
 
 def warmup(step, learning_rate, warmup_iters):
     """Linear from learning_rate/warmup_iters at step 0 to learning_rate at step warmup_iters - 1."""
@@ -119,7 +186,7 @@ def cosine(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0):
 
 def wsd(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0, decay_share=0.2, decay_shape="linear"):
     """Warmup, stable, decay: the last decay_share of max_iters goes from learning_rate to min_lr, with s from 0 to 1,
-    as 1 - s ("linear"), (1 + cos πs)/2 ("cosine") or 1 - √s ("sqrt")."""
+    as 1 - s ("linear", the paper's), (1 + cos πs)/2 ("cosine") or 1 - √s ("sqrt")."""
     if step < warmup_iters:
         return warmup(step, learning_rate, warmup_iters)
     decay_iters = max(1, round(decay_share * max_iters))
@@ -133,3 +200,10 @@ def wsd(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0, decay_share=
     else:
         raise ValueError(f"decay_shape={decay_shape!r} is unknown: choose one of {', '.join(DECAY_SHAPES)}")
     return min_lr + (learning_rate - min_lr) * factor
+
+
+def learning_rate(step, config):
+    """The learning rate of a step by the configuration's schedule."""
+    if config.schedule == "cosine":
+        return cosine(step, config.learning_rate, config.max_iters, config.warmup_iters, config.min_lr)
+    return wsd(step, config.learning_rate, config.max_iters, config.warmup_iters, config.min_lr, config.decay_share, config.decay_shape)

@@ -1,26 +1,25 @@
-# 0.12B parameters (123,587,328): a Llama-style model of GPT-2's shape, one γ behind each norm.
+# Llama-0.12B of the paper's table 4, and the recipe that every size shares (section 4, appendix B). 119,744,256 parameters.
 out_dir = "out/baseline_120m"
 dataset = "data/fineweb"  # prepare_data.py's output with --encoding gpt2, or a folder of llm.c or nanoGPT shards
 
-n_layer = 12
+n_layer = 6
 n_head = 12
 n_embd = 768
-d_ff = 2048  # about 8/3 n_embd, a multiple of 256
 block_size = 1024
-vocab_size = 50304
-tie_embeddings = True
-init_std = 0.02
+vocab_size = 50304  # untied; d_ff = int(8/3 n_embd) is the default
 
-# 0.5M tokens a step: 16 x 1024 x 32. Eight GPUs make 4 micro-steps each, one GPU makes 32; the losses are the same
+# 512 sequences a step: 16 at once x 32. Eight GPUs make 4 micro-steps each, one GPU makes 32; the losses are the same
 batch_size = 16
 gradient_accumulation_steps = 32
-tokens_per_param = 20  # max_iters follows
+tokens_per_param = 100  # "about 100": figure 6's run ends at 9.83B tokens, --max_iters=18750
 
-# our rule, not a tuned value: 1e-3 x sqrt(123.6M / parameters)
-learning_rate = 1e-3
-warmup_iters = 250
+learning_rate = 4e-3  # the best of {6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3} for the baseline; unified uses the same
+schedule = "cosine"  # to learning_rate/20, train.py's default
+weight_decay = 0.1
+scale_weight_decay = "all"  # our reading of the paper's rows without IWD
+warmup_iters = 1000  # ours: the paper does not say
+init_std = 0.02  # ours: the paper does not say
 
-eval_interval = 250
-eval_iters = 200
+eval_interval = 500
 checkpoint_interval = 500
 sample_tokens = 100

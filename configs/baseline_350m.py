@@ -1,12 +1,10 @@
-# 0.36B parameters (359,842,816): GPT-2 medium's shape in Llama's style.
+# 0.35B, ours: in the paper's family, between its 0.25B and 0.5B. 354,681,856 parameters.
 from configs.baseline_120m import *
 
 out_dir = "out/baseline_350m"
 
-n_layer = 24
+n_layer = 20
 n_head = 16
 n_embd = 1024
-d_ff = 2816
 
-learning_rate = 5.9e-4  # 1e-3 x sqrt(123.6M / 359.8M)
-warmup_iters = 500
+learning_rate = 2e-3  # its neighbours'

@@ -1,12 +1,11 @@
-# The 350m shape with 16 experts for each SwiGLU, 2 for each token: 2.0B parameters, 0.38B active.
-from configs.baseline_350m import *
+# MoE-2B of the paper's table 5.
+from configs.baseline_moe_800m import *
 
 out_dir = "out/baseline_moe_2b"
 
-n_expert = 16
-n_expert_active = 2
-d_expert = 1536
+n_layer = 15
+n_head = 20
+n_embd = 1280
+d_shared_expert = 3413
 
-batch_size = 8
-gradient_accumulation_steps = 64
-learning_rate = 5.7e-4  # 1e-3 x sqrt(123.6M / 379M active)
+learning_rate = 6e-4

@@ -1,4 +1,4 @@
-# The quickstart without the strategy: one γ behind each norm, as in every Llama. Compare with quickstart.py.
+# The quickstart without the strategy: one γ after each norm, as in every Llama. Compare with quickstart.py.
 out_dir = "out/quickstart_baseline"
 dataset = "data/stdlib"  # the Python standard library's source, made on the spot
 vocab_size = 257  # the 256 bytes and <|endoftext|>
@@ -14,11 +14,10 @@ init_std = 0  # 1/sqrt(n_embd): 0.02 is too small for so small a model
 # 1.2M tokens, about two minutes on two cores
 batch_size = 8
 max_iters = 600
-learning_rate = 2e-3
+learning_rate = 4e-3
 warmup_iters = 30
 
 eval_interval = 200
-eval_iters = 40
 log_interval = 20
 checkpoint_interval = 200
 sample_tokens = 400

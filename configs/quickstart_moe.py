@@ -6,6 +6,6 @@ out_dir = "out/quickstart_moe"
 
 n_expert = 8
 n_expert_active = 2
-n_shared_expert = 1
 d_expert = 128
+d_shared_expert = 128
 max_iters = 450

@@ -1,5 +1,5 @@
 # The paper's unified strategy. Import it after a baseline: `from configs.unified import *`.
 scale_heterogeneous = True  # HG: q, k, v, gate and up each have their own γ
-scale_placement = "dual_norm"  # DNP: a norm and a second scale vector behind each of them
-scale_reparam = "ordinary"  # OR: γ = β α
-scale_weight_decay = "absorbable"  # IWD: decay the vectors that a neighbouring matrix could take over, not the others
+scale_placement = "dual_norm"  # DNP: a norm and a second scale vector after each of them, and after the output projection
+scale_reparam = "original"  # OR: γ = β Norm(α)
+scale_weight_decay = "input_norm"  # IWD: decay Input-Norms, not Output-Norms

@@ -1,4 +1,4 @@
-# The unified strategy, HG + DNP + OR + IWD, at 0.12B.
+# The unified strategy, HG + DNP + OR + IWD, on baseline_120m.
 from configs.baseline_120m import *
 from configs.unified import *
 

@@ -1,4 +1,4 @@
-# The unified strategy, HG + DNP + OR + IWD, at 0.36B.
+# The unified strategy, HG + DNP + OR + IWD, on baseline_350m.
 from configs.baseline_350m import *
 from configs.unified import *
 

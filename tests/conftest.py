@@ -13,13 +13,9 @@ from model import GPT, GPTConfig
 from norms import named_scale_vectors
 
 ROOT = Path(__file__).resolve().parent.parent
-FIXTURES = ROOT.parent / "shared" / "tiktoken_cache"
-if FIXTURES.is_dir():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(FIXTURES))
-
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, init_std=0.0)
-UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="ordinary")
+UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
 
 
 def tiny_gpt(dtype=torch.float32, seed=0, **keys):

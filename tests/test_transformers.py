@@ -1,6 +1,6 @@
 """
-Proves the model against public implementations: with its scale vectors folded, the logits equal transformers' Llama, and
-with Q/K-norm Qwen3, loaded with the same weights. Needs the optional package transformers.
+Proves the model against public implementations: with its scale vectors folded, the logits equal transformers' Llama, with
+Q/K-norm Qwen3, with Gemma's norms Gemma 3's layers, loaded with the same weights. Needs the optional package transformers.
 """
 import pytest
 import torch
@@ -36,8 +36,9 @@ def load(theirs, model):
 
 
 @pytest.mark.parametrize("keys", [{}, {"n_kv_head": 4, "rope_theta": 500.0}, {"tie_embeddings": True},
+                                  {"scale_placement": "after", "scale_reparam": "original"},
                                   {"scale_heterogeneous": True, "scale_placement": "dual", "scale_reparam": "exponential",
-                                   "scale_placement_on": "q,k,v,gate,up,o,down"}], ids=str)
+                                   "scale_placement_on": "q,k,v,gate,up,head,o,down"}], ids=str)
 def test_llama(keys):
     model, idx = randomize_scales(tiny_gpt(**keys)), tiny_batch()[0]
     theirs = transformers.LlamaForCausalLM(their_config(transformers.LlamaConfig, model.config))
@@ -46,7 +47,35 @@ def test_llama(keys):
 
 
 def test_qwen3():
-    model, idx = randomize_scales(tiny_gpt(qk_norm=True, scale_heterogeneous=True, scale_reparam="ordinary")), tiny_batch()[0]
+    model, idx = randomize_scales(tiny_gpt(qk_norm=True, scale_heterogeneous=True, scale_reparam="original")), tiny_batch()[0]
     theirs = transformers.Qwen3ForCausalLM(their_config(transformers.Qwen3Config, model.config, use_sliding_window=False))
     with torch.no_grad():
         torch.testing.assert_close(load(theirs, fold_scale_vectors(model))(idx).logits, model(idx)[0], rtol=0, atol=1e-5)
+
+
+def test_gemma_norms():
+    """Pre-Norm, Q/K-norm and norms on the outputs of attention and FFN, as Gemma 3 has them: its text model, with silu for its gelu,
+    its embedding's factor √d and its γ = 1 + w taken out."""
+    keys = dict(qk_norm=True, post_norm=True, scale_heterogeneous=True)
+    for reparam in ("original", "zero_centered"):
+        model, idx = randomize_scales(tiny_gpt(**keys, scale_reparam=reparam)), tiny_batch()[0]
+        folded, C = fold_scale_vectors(model), 32
+        config = transformers.Gemma3TextConfig(
+            **{k: v for k, v in their_config(dict, model.config).items() if k != "rope_theta"}, hidden_activation="silu",
+            query_pre_attn_scalar=model.config.head_dim, layer_types=["full_attention"] * 2,
+            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": model.config.rope_theta}})
+        theirs = transformers.Gemma3ForCausalLM(config).eval()
+        state = {"model.embed_tokens.weight": folded.embedding.weight / C ** 0.5, "lm_head.weight": folded.head.weight["head"],
+                 "model.norm.weight": torch.zeros(C)}
+        for i, layer in enumerate(folded.layers):
+            p = f"model.layers.{i}"
+            state |= {f"{p}.self_attn.{b}_proj.weight": W for b, W in {**layer.attn.qkv.weight, **layer.attn.o.weight}.items()}
+            state |= {f"{p}.mlp.{b}_proj.weight": W for b, W in {**layer.mlp.gate_up.weight, **layer.mlp.down.weight}.items()}
+            state |= {f"{p}.input_layernorm.weight": torch.zeros(C), f"{p}.pre_feedforward_layernorm.weight": torch.zeros(C),
+                      f"{p}.self_attn.q_norm.weight": layer.attn.q_norm.scale() - 1,
+                      f"{p}.self_attn.k_norm.weight": layer.attn.k_norm.scale() - 1,
+                      f"{p}.post_attention_layernorm.weight": layer.attn_post_norm.scale() - 1,
+                      f"{p}.post_feedforward_layernorm.weight": layer.mlp_post_norm.scale() - 1}
+        theirs.load_state_dict(state, strict=True)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(idx).logits, model(idx)[0], rtol=0, atol=1e-5)

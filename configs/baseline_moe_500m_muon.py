@@ -1,0 +1,7 @@
+# MoE-0.5B under Muon (the paper's figure 8, appendix B).
+from configs.baseline_moe_500m import *
+
+out_dir = "out/baseline_moe_500m_muon"
+
+optimizer = "muon"
+learning_rate = 4e-3
