@@ -174,8 +174,8 @@ def test_input_placement(execution, shared):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_after_placement(execution):
-    x, W, u = (BRANCHES[key] for key in "xWu")
-    for b, y in enumerate(after_placement(x, W, [None, None], u, execution=execution)):
+    x, W, v, u = (BRANCHES[key] for key in "xWvu")
+    for b, y in enumerate(after_placement(x, W, v, u, execution=execution)):  # a vector on the input side would be left out
         close(y, torch.einsum("m,md,btd->btm", u[b], W[b], x))
 
 
