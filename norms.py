@@ -229,12 +229,13 @@ class Placement(NamedTuple):
     function: object  # one of the four above
     input_side: bool  # is there a γ_b?
     output_side: bool  # is there a γ_a?
+    linear: bool  # is the whole a linear map, so that W can take γ_a over?
 
 
-PLACEMENTS = {"input": Placement(input_placement, True, False),
-              "after": Placement(after_placement, False, True),
-              "dual": Placement(dual_placement, True, True),
-              "dual_norm": Placement(dual_norm_placement, True, True)}
+PLACEMENTS = {"input": Placement(input_placement, True, False, True),
+              "after": Placement(after_placement, False, True, True),
+              "dual": Placement(dual_placement, True, True, True),
+              "dual_norm": Placement(dual_norm_placement, True, True, False)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ class ScaledLinear(nn.Module):
                  norm_width=None, eps=1e-6, absorbed_by=None, tied=False, pad=False):
         super().__init__()
         self.in_features, self.branches, self.tied, self.eps = in_features, dict(branches), tied, eps
-        self.placement = {b: PLACEMENTS[placement[b]] if placement[b] else Placement(input_placement, False, False) for b in branches}
+        self.placement = {b: PLACEMENTS[placement[b]] if placement[b] else Placement(input_placement, False, False, True) for b in branches}
         self.norm_width = {b: (norm_width or {}).get(b, shape[-1]) for b, shape in branches.items()}
         self.absorbed_by, self.route = absorbed_by or {}, {"execution": execution, "pad": pad}
         self.weight = nn.ParameterDict({b: nn.Parameter(torch.empty(*shape, in_features)) for b, shape in branches.items()})
@@ -300,7 +301,7 @@ class ScaledLinear(nn.Module):
             return ScaleVector((*stack, in_features), True, not tied, reparam, magnitude=any(b not in normalized for b in serves))
 
         def make_output(b):
-            return ScaleVector(branches[b], False, b in self.absorbed_by if b in normalized else not tied, reparam)
+            return ScaleVector(branches[b], False, not tied if self.placement[b].linear else b in self.absorbed_by, reparam)
 
         scale_in, self.reads = {}, {}
         inputs, outputs = ([b for b in branches if vectors and self.placement[b][side]] for side in (1, 2))
@@ -338,7 +339,7 @@ class ScaledLinear(nn.Module):
             return
         for b, W in self.weight.items():
             v = self.scale_in[self.reads[b]]() if b in self.reads else None
-            u = self.scale_out[b]() if b in self.scale_out and self.placement[b].function is not dual_norm_placement else None
+            u = self.scale_out[b]() if b in self.scale_out and self.placement[b].linear else None
             W.copy_(scale_weight(W, v, u))
             if u is not None:
                 del self.scale_out[b]
