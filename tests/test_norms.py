@@ -297,7 +297,8 @@ def test_roles():
     assert outs == {**dict.fromkeys(("q", "k", "gate", "head", "o", "down"), neither), "v": output, "up": output}
     assert {kind for name, kind in dnp.items() if ".scale_in." in name} == {both}
     some = kinds(scale_placement="dual", scale_placement_on="q,o", scale_heterogeneous=True)  # the others that read a norm keep theirs
-    assert {name.rpartition("scale_")[2] for name in some} == {"in.q", "in.k", "in.v", "in.o", "out.q", "out.o", "in.gate", "in.up", "in.head"}
+    sides = {name.rpartition("scale_")[2] for name in some}
+    assert sides == {"in.q", "in.k", "in.v", "in.o", "out.q", "out.o", "in.gate", "in.up", "in.head"}
     norms = {name: kind for name, kind in kinds(qk_norm=True, post_norm=True).items() if ".scale_in." not in name}
     assert len(norms) == 4 and set(norms.values()) == {neither}
     assert kinds(tie_embeddings=True)["head.scale_in.head"] == (False, True)  # the table cannot take γ over: it feeds layer 0 too
