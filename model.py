@@ -10,6 +10,7 @@ A Llama-style decoder whose scale vectors can be placed, shared, split, reparame
 Letters in the shape comments: B sequences, T positions, C = n_embd, H heads, D = head_dim, F a SwiGLU's width, V = vocab_size;
 N = B T tokens, E experts, K experts for a token.
 """
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from norms import EXECUTIONS, PLACEMENTS, REPARAMS, OutputNorm, Rows, ScaledLinear, ScaleVector, rms_norm
+from norms import EXECUTIONS, PLACEMENTS, REPARAMS, OutputNorm, Rows, ScaledLinear, ScaleVector, at_hand, compute_scale_vectors, rms_norm
 
 READS_A_NORM = ("q", "k", "v", "gate", "up", "router", "head")  # these have an input-side vector where nothing else is asked for
 MAPS = ("q", "k", "v", "gate", "up", "head", "o", "down")  # those that scale_placement_on can name
 CHUNK_ELEMENTS = 2 ** 26  # logits that exist in float32 at a time
+# How long a chain of elementwise operations Inductor computes anew for each reader. Its defaults, 4 and 30, would cut DNP's backward
+# in its midst and store the piece: a float32 (N, F)
+FUSION = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
 
 
 @dataclass
@@ -325,39 +329,42 @@ class GPT(nn.Module):
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
         x = self.embedding(idx)  # (B, T, C)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        routers = []
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
-            if self.config.recompute and self.training:
-                x, router = checkpoint(layer, x, cos, sin, use_reentrant=False)
-            else:
-                x, router = layer(x, cos, sin, cache)
-            routers += [] if router is None else [router]
-        self.routers = torch.stack(routers) if routers else None
-        if targets is None:
-            return self.head(rms_norm(x, self.config.norm_eps)), None
-        return None, self.loss(x, targets)
+        routers, scales = [], compute_scale_vectors(self)
+        with at_hand(scales):
+            for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+                if self.config.recompute and self.training:
+                    x, router = checkpoint(layer, x, cos, sin, use_reentrant=False, context_fn=lambda: (nullcontext(), at_hand(scales)))
+                else:
+                    x, router = layer(x, cos, sin, cache)
+                routers += [] if router is None else [router]
+            self.routers = torch.stack(routers) if routers else None
+            if targets is None:
+                return self.head(rms_norm(x, self.config.norm_eps)), None
+            return None, self.loss(x, targets)
 
     def loss(self, x, targets):
         """Mean of -log softmax(logits)[target] over the targets that are not -1, in nats. x (B, T, C), targets (B, T) -> ().
 
-        Of all that is as large as the logits only the product W(γ_b ⊙ Norm(x)) is kept, in the compute dtype. What follows, DNP's
-        norm over the vocabulary and γ_a and the softmax, exists in float32 for one chunk of rows at a time; the backward pass makes
-        it again (activation checkpointing). Chunks are of equal size, so that one compiled function serves all."""
+        Of all that is as large as the logits only the product W(γ_b ⊙ Norm(x)) is kept, in the compute dtype: see chunked_loss."""
         y, targets = self.head_product(x).flatten(0, -2), targets.flatten()  # (N, V)
-        chunks = min(len(targets), -(-y.numel() // CHUNK_ELEMENTS))
-        while len(targets) % chunks:
-            chunks += 1
-        total = sum(checkpoint(self.summed_loss, y_c, t_c, use_reentrant=False) for y_c, t_c in zip(y.chunk(chunks), targets.chunk(chunks)))
-        return total / (targets != -1).sum()
+        u = self.head.scale_out["head"]() if "head" in self.head.scale_out else None
+        return self.chunked_loss(y, targets, u) / (targets != -1).sum()
 
     def head_product(self, x):
         """W(γ_b ⊙ Norm(x)) of the head, before DNP's norm if there is one. (B, T, C) -> (B, T, V)."""
         return self.head(rms_norm(x, self.config.norm_eps), finish=False)
 
-    def summed_loss(self, y, targets):
-        """Summed cross-entropy of some rows of head_product, in float32 or wider. y (n, V), targets (n,) -> ()."""
-        logits = self.head.finish("head", y if y.dtype == torch.float64 else y.float())
+    def summed_loss(self, y, targets, u):
+        """Summed cross-entropy of some rows of head_product, in float32 or wider. y (n, V), targets (n,), u the head's γ_a -> ()."""
+        logits = self.head.finish("head", y if y.dtype == torch.float64 else y.float(), u)
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+
+    def chunked_loss(self, y, targets, u):
+        """summed_loss of all rows in little memory. What follows y, DNP's norm over the vocabulary and γ_a and the softmax, exists in
+        float32 for one chunk of rows at a time; the backward pass makes it again (activation checkpointing)."""
+        chunks = min(len(y), -(-y.numel() // CHUNK_ELEMENTS))
+        return sum(checkpoint(self.summed_loss, y_c, t_c, u, use_reentrant=False)
+                   for y_c, t_c in zip(y.chunk(chunks), targets.chunk(chunks)))
 
     def auxiliary_loss(self):
         """load_balance_coef x the load-balancing losses + router_z_coef x the z-losses, each the mean over layers, of the last
@@ -371,13 +378,15 @@ class GPT(nn.Module):
         """(load-balancing loss, z-loss, each expert's load) of the last forward, (MoE layers, 2 + E), detached; None if dense."""
         return None if self.routers is None else self.routers.detach()
 
-    def compile_parts(self):
+    def compile_parts(self, **how):
         """torch.compile for each block and for the loss, instead of for the whole: one graph serves all layers, so the time to
-        compile does not grow with depth. Experts in float32 are a loop whose shapes follow the routing: they stay eager."""
+        compile does not grow with depth. Experts in float32 are a loop whose shapes follow the routing: they stay eager.
+        how: arguments of torch.compile, in place of ours."""
+        how = {"dynamic": False, "options": FUSION, **how}
         for layer in self.layers:
-            (layer.attn if layer.moe and self.compute_dtype != torch.bfloat16 else layer).compile(dynamic=False)
-        self.head_product = torch.compile(self.head_product, dynamic=False)
-        self.summed_loss = torch.compile(self.summed_loss, dynamic=False)
+            (layer.attn if layer.moe and self.compute_dtype != torch.bfloat16 else layer).compile(**how)
+        self.head_product = torch.compile(self.head_product, **how)
+        self.chunked_loss = torch.compile(self.summed_loss, **how)  # one loop over the rows, which stores nothing of y's size: no chunks
 
     def num_params(self, kind="total"):
         """Parameters by kind. "total"; "active": those a token meets; "non_embedding": without the look-up table, as

@@ -4,7 +4,8 @@ Scale vectors: everything this project is about, in one file.
 A normalization layer is a fixed operation Norm(x) followed by a learnable scale vector γ. This file holds
 
   1. the normalization                 rms_norm
-  2. γ itself, and how it is written   ScaleVector; original_reparam (OR), exponential_reparam (ER), zero_centered_reparam
+  2. γ itself, and how it is written   ScaleVector; original_reparam (OR), exponential_reparam (ER), zero_centered_reparam;
+                                       compute_scale_vectors, all of a model at once
   3. who gets a γ                      branch_scale_vectors (shared, or HG: one per branch)
   4. where γ sits around a linear map  input_, after_ (AP), dual_ (DP) and dual_norm_placement (DNP): see PLACEMENTS
   5. a γ no linear map follows         OutputNorm (Q/K-norm, the norm on a sub-layer's output)
@@ -18,6 +19,7 @@ the same x. A map may be a stack of E experts: W (E, m, d), v (d,) or (E, d), u 
 Sources: equation and section numbers are those of the paper, arXiv 2605.26895v1; "ours" marks what we derived or decided.
 Nothing of ours is imported here.
 """
+import contextlib
 import copy
 from typing import NamedTuple
 
@@ -63,6 +65,13 @@ def zero_centered_reparam(alpha):
     return 1 + alpha
 
 
+def reparameterize(reparam, beta, alpha):
+    """γ by the function that `reparam` names; beta is None where there is none."""
+    if reparam == "original":
+        return original_reparam(beta, alpha)
+    return exponential_reparam(beta, alpha) if reparam == "exponential" else zero_centered_reparam(alpha)
+
+
 class ScaleVector(nn.Module):
     """One learnable γ (d,), or one for each expert (E, d), all ones at the start whatever the reparameterization. Calling it gives γ.
 
@@ -79,11 +88,13 @@ class ScaleVector(nn.Module):
         if reparam not in REPARAMS:
             raise ValueError(f"scale_reparam={reparam!r} is unknown: choose one of {', '.join(REPARAMS)}")
         self.shape, self.input_norm, self.absorbable, self.reparam = tuple(shape), input_norm, absorbable, reparam
+        self.computed = None  # γ, while `at_hand` keeps it here
         if reparam == "none":
             self.gamma = nn.Parameter(torch.ones(shape))
             return
         self.alpha = nn.Parameter(torch.ones(shape) if reparam == "original" else torch.zeros(shape))
         if reparam == "zero_centered":
+            self.beta = None
             return
         beta = torch.ones(*shape[:-1], 1) if reparam == "original" else torch.zeros(*shape[:-1], 1)
         if magnitude:
@@ -92,13 +103,9 @@ class ScaleVector(nn.Module):
             self.register_buffer("beta", beta, persistent=False)
 
     def forward(self):
-        if self.reparam == "original":
-            return original_reparam(self.beta, self.alpha)
-        if self.reparam == "exponential":
-            return exponential_reparam(self.beta, self.alpha)
-        if self.reparam == "zero_centered":
-            return zero_centered_reparam(self.alpha)
-        return self.gamma
+        if self.reparam == "none":
+            return self.gamma
+        return reparameterize(self.reparam, self.beta, self.alpha) if self.computed is None else self.computed
 
     @torch.no_grad()
     def collapse(self):
@@ -109,6 +116,32 @@ class ScaleVector(nn.Module):
 
     def extra_repr(self):
         return f"{self.shape}, input_norm={self.input_norm}, absorbable={self.absorbable}, reparam={self.reparam!r}"
+
+
+def compute_scale_vectors(model):
+    """[(ScaleVector, γ)] for every one in the model that is not its own parameter; those of one shape as one batch, so that a few
+    kernels make all. Left to where it is used, OR grows into the kernels over activations there, and makes them move more (ours)."""
+    groups, computed = {}, []
+    for module in model.modules():
+        if isinstance(module, ScaleVector) and module.reparam != "none":
+            groups.setdefault((module.reparam, module.shape), []).append(module)
+    for (reparam, _), scales in groups.items():
+        alpha = torch.stack([scale.alpha for scale in scales])
+        beta = torch.stack([scale.beta for scale in scales]) if reparam != "zero_centered" else None
+        computed += zip(scales, reparameterize(reparam, beta, alpha))
+    return computed
+
+
+@contextlib.contextmanager
+def at_hand(computed):
+    """Within it, the vectors of compute_scale_vectors give the γ that was computed, which must be that of their present parameters."""
+    try:
+        for scale, gamma in computed:
+            scale.computed = gamma
+        yield
+    finally:
+        for scale, _ in computed:
+            scale.computed = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,11 +359,9 @@ class ScaledLinear(nn.Module):
     def _norm(self, b, z, u_b, rows=None):
         return output_norm(z, u_b, self.norm_width[b], self.eps, rows)
 
-    def finish(self, b, z):
-        """What forward(finish=False) has left undone for branch b: DNP's γ_a ⊙ Norm(z), or nothing."""
-        if self.placement[b].function is not dual_norm_placement:
-            return z
-        return self._norm(b, z, self.scale_out[b]() if b in self.scale_out else None)
+    def finish(self, b, z, u=None):
+        """What forward(finish=False) has left undone for branch b, whose γ_a is u: DNP's γ_a ⊙ Norm(z), or nothing."""
+        return self._norm(b, z, u) if self.placement[b].function is dual_norm_placement else z
 
     @torch.no_grad()
     def fold(self):

@@ -230,7 +230,7 @@ def test_scaled_linear_runs_each_branch_as_it_is_placed():
     close(e, x @ (torch.diag(u["e"]) @ W["e"]).T)
     close(maps(x, ["d"]), d, 1e-14)
     close(maps(x, ["c"], finish=False), z)
-    close(maps.finish("c", z), c)
+    close(maps.finish("c", z, u["c"]), c)
     assert maps.finish("a", z) is z
 
 
