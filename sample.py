@@ -5,23 +5,29 @@ Generate text from a trained model.
 """
 import argparse
 import codecs
+import dataclasses
+import os
 import sys
 
 import torch
 
-from checkpoint import newest_checkpoint
 from data import get_encoding
 from model import GPT, GPTConfig
+from run import load_weights, newest_checkpoint
 
 
 def load_model(out_dir):
     """(model, encoding, step) of the newest whole checkpoint in out_dir."""
+    out_dir = os.path.expanduser(out_dir)
     found = newest_checkpoint(out_dir, say=lambda line: print(line, file=sys.stderr))
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {out_dir}: train first (python train.py configs/quickstart.py), or set --out_dir")
-    _, state = found
-    model = GPT(GPTConfig(**state["config"]))
-    model.load_state_dict(state["model"])
+    path, state = found
+    try:
+        model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: its configuration is damaged or of another version ({error})") from None
+    load_weights(model, state, path)
     return model.eval(), get_encoding(state["tokenizer"]), state["step"]
 
 

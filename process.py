@@ -1,0 +1,151 @@
+"""
+The processes that share a run, and the machine under them.
+
+  Process        which one this is, its device, how it meets the others, who tells of an error
+  one_line       what an error means to the user
+  stop_signals   SIGTERM and SIGINT let the step finish
+  rng_state, set_rng_state   the random-number generators that a process may draw from
+"""
+import contextlib
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# dense bf16 FLOP/s of the GPUs people train on, by their makers' data sheets
+PEAK_FLOPS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12),
+              ("4090", 165e12), ("3090", 71e12))
+
+
+class Process:
+    """Which process this is: alone, or one of torchrun's."""
+
+    def __init__(self):
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.first, self.store = self.rank == 0, None
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if self.count > 1 else 0
+        if self.count > 1:
+            store, _, _ = next(dist.rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                # torchrun may keep its store when it restarts the workers of a machine: do not meet those that are gone
+                store = dist.PrefixStore(f"restart_{self.restarts}", store)
+            self.store = store
+
+    def start(self, config):
+        """Choose the device and meet the others. Raises ValueError if the device cannot be had."""
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        kind = next(k for k in available if available[k]) if config.device == "auto" else config.device
+        if not available[kind]:
+            raise ValueError(f"device={kind!r} is not available on this machine: use --device=auto")
+        if kind == "mps" and self.count > 1:
+            raise ValueError("device='mps' cannot run several processes: start without torchrun, or use --device=cpu")
+        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            if self.device.index >= torch.cuda.device_count():
+                raise ValueError(f"process {self.device.index} of this machine has no GPU of its own: there are "
+                                 f"{torch.cuda.device_count()}; lower --nproc_per_node")
+            torch.cuda.set_device(self.device)
+        self.dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32")
+        self.compile = kind == "cuda" if config.compile == "auto" else config.compile
+        if self.count > 1:  # the timeout ends the others when one process is gone or stuck, instead of waiting for ever
+            timeout = timedelta(seconds=config.dist_timeout)
+            self.store.set_timeout(timeout)
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=self.store, rank=self.rank, world_size=self.count,
+                                    timeout=timeout)
+
+    def mean(self, values):
+        """The mean over all processes of a tensor of numbers, as a list. One all-reduce, one wait for the device."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return [value / self.count for value in values.tolist()]
+
+    def gather(self, value):
+        """[value of process 0, of process 1, ...], on all."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
+
+    def first_then_all(self, function):
+        """function() on the first process, its result or its error on all."""
+        if self.count == 1:
+            return function()
+        outcome = [None]
+        if self.first:
+            try:
+                outcome = [(function(), None)]
+            except (ValueError, OSError) as error:
+                outcome = [(None, str(error))]
+        dist.broadcast_object_list(outcome, src=0)
+        result, error = outcome[0]
+        if error:
+            raise ValueError(error)
+        return result
+
+    def report(self, error):
+        """Print the error's one line, once however many processes have it; return False, and print nothing, if it is none that the
+        program expects."""
+        told, text, follows = 0, one_line(error), isinstance(error, RuntimeError) and lost_contact(error)
+        if text is None or (follows and self.count == 1):
+            return False
+        with contextlib.suppress(RuntimeError):  # without the store, the more is said the better
+            if self.store is not None:  # a process that lost another says so only if that one has not told why
+                told = self.store.add("errors", 0) if follows else self.store.add(f"error {text}", 1) - 1
+                self.store.add("errors", 1)
+        if not told:
+            print(f"error: {f'process {self.rank}: ' if self.count > 1 else ''}{text}", file=sys.stderr, flush=True)
+        return True
+
+    def peak_flops(self):
+        """Dense bf16 FLOP/s of all devices together; None where we do not know."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((flops * self.count for part, flops in PEAK_FLOPS if part in name), None)
+
+
+def one_line(error):
+    """What to tell the user; None for an error that can only be a mistake of the program's."""
+    reason = (str(error).splitlines() or [""])[0]
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before the first step: nothing was changed"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return ("out of memory: lower batch_size and raise gradient_accumulation_steps as much, which leaves the global batch as it is, "
+                f"or set recompute=True ({reason})")
+    if isinstance(error, RuntimeError) and lost_contact(error):
+        return f"another process has ended, or has been silent for dist_timeout seconds ({reason}): continue with --resume"
+    return None
+
+
+def lost_contact(error):
+    """True if this is how torch.distributed (an NCCL error, or gloo's plain RuntimeError) tells that a process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """SIGTERM and SIGINT do not interrupt what runs in here: they are put into a list."""
+    received = []
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def rng_state(device):
+    """{device type: state} of the random-number generators that a process may draw from."""
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
