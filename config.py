@@ -170,7 +170,8 @@ def read_config_file(path):
     except (Exception, SystemExit) as error:  # it is the user's code: anything can happen in it
         raise ValueError(f"{path} does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
     finally:
-        sys.path.remove(folder)
+        if folder in sys.path:
+            sys.path.remove(folder)
         for name in set(sys.modules) - before:  # another config may have another sibling of that name
             if str(getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
                 del sys.modules[name]
@@ -181,8 +182,9 @@ def read_config_file(path):
                              f"`{ast.unparse(node.target)} = {ast.unparse(node.annotation)}`")
         if isinstance(node, ast.ImportFrom):
             imported |= {alias.asname or alias.name for alias in node.names} - set(FIELDS)
-    values = {known_key(name, path): value for name, value in names.items() if not name.startswith("_") and name not in imported
-              and not isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))}
+    tools = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    values = {known_key(name, path): value for name, value in names.items() if name in FIELDS
+              or not (name.startswith("_") or name in imported or isinstance(value, tools))}
     if not values:
         raise ValueError(f"{path} assigns no key: a config is a Python file with lines such as n_layer = 12")
     return values

@@ -4,9 +4,11 @@ The processes that share a run, and the machine under them.
   Process        which one this is, its device, how it meets the others, who tells of an error
   one_line       what an error means to the user
   stop_signals   SIGTERM and SIGINT let the step finish
+  to_device      numpy arrays to tensors there
   rng_state, set_rng_state   the random-number generators that a process may draw from
 """
 import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 # dense bf16 FLOP/s of the GPUs people train on, by their makers' data sheets
 PEAK_FLOPS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12),
@@ -56,11 +59,21 @@ class Process:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=self.store, rank=self.rank, world_size=self.count,
                                     timeout=timeout)
 
-    def mean(self, values):
-        """The mean over all processes of a tensor of numbers, as a list. One all-reduce, one wait for the device."""
+    def parallel(self, model):
+        """The model, or DistributedDataParallel around it: gradients meet in buckets of which they are views."""
+        if self.count == 1:
+            return model
+        torch._dynamo.config.optimize_ddp = False  # it would cut compiled graphs at the buckets; here each block is a graph of its own
+        # no buffer changes, so none is sent before a forward pass; PyTorch has renamed the key
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+
+    def sum(self, values):
+        """A tensor of numbers summed over all processes, as a list. One all-reduce, one wait for the device."""
         if self.count > 1:
             dist.all_reduce(values)
-        return [value / self.count for value in values.tolist()]
+        return values.tolist()
 
     def gather(self, value):
         """[value of process 0, of process 1, ...], on all."""
@@ -149,3 +162,11 @@ def set_rng_state(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def to_device(arrays, device):
+    """numpy (x, y) -> tensors on the device; on CUDA the copy runs beside the computation."""
+    tensors = (torch.from_numpy(a.copy()) for a in arrays)
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return tuple(t.to(device) for t in tensors)

@@ -33,9 +33,15 @@ from disk import sync_folder, write_whole
 from norms import named_scale_vectors
 
 FORMAT = 3
-# what a checkpoint holds. step: updates made; optimizer: {parameter: its moments}; data: {"sequences" seen, "train_tokens" there are};
-# rng: random-number states, one entry a process; seconds: of training so far
-PARTS = {"step": int, "model": dict, "optimizer": dict, "config": dict, "tokenizer": str, "data": dict, "rng": list, "seconds": float}
+# what a checkpoint holds, and what tells that it does
+PARTS = {"step": lambda v: type(v) is int,  # updates made
+         "model": lambda v: bool(v) and all(torch.is_tensor(t) for t in v.values()),
+         "optimizer": lambda v: all(torch.is_tensor(t) for moments in v.values() for t in moments.values()),  # by parameter name
+         "config": lambda v: isinstance(v, dict),  # as config.json
+         "tokenizer": lambda v: isinstance(v, str),
+         "data": lambda v: {type(v["sequences"]), type(v["train_tokens"])} == {int},  # seen so far; those there were
+         "rng": lambda v: all(torch.is_tensor(t) for states in v for t in states.values()),  # one {device: state} for each process
+         "seconds": lambda v: type(v) is float}  # of training so far
 # a file in out_dir is a run's if its first JSON object has these keys
 OURS = {"config.json": {"out_dir", "dataset", "n_layer"}, "log.jsonl": {"event", "step"}, "summary.json": {"val_loss", "steps"}}
 # keys of the model that a resumed run may change; its other keys, and these three, make another run
@@ -81,11 +87,9 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"not a checkpoint of format {FORMAT}")
-        for key, kind in PARTS.items():
-            if not isinstance(state.get(key), kind):
+        for key, is_right in PARTS.items():
+            if key not in state or not is_right(state[key]):
                 raise ValueError(f"its {key!r} is {'damaged' if key in state else 'missing'}")
-        if not {"sequences", "train_tokens"} <= state["data"].keys() or not all(torch.is_tensor(t) for t in state["model"].values()):
-            raise ValueError("its 'data' or its 'model' is damaged")
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged archive can fail in as many ways as there are bytes

@@ -15,7 +15,6 @@ same sequences on 1, 2 or 8. A step's number is the count of updates made before
   train            set up, then the loop
 """
 import contextlib
-import inspect
 import math
 import sys
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from config import BUILTIN, FIELDS, flat, load_config, share_batch, tokens_per_step
 from data import Dataset, get_encoding, window_numbers
@@ -31,7 +29,7 @@ from model import GPT
 from norms import named_scale_vectors
 from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, param_groups, set_learning_rate
 from prepare_data import prepare_builtin
-from process import Process, rng_state, set_rng_state, stop_signals
+from process import Process, rng_state, set_rng_state, stop_signals, to_device
 from run import Log, RunFolder, changed_keys, duration, load_checkpoint, load_weights, start_wandb
 from sample import stream_text
 
@@ -56,14 +54,6 @@ class Batches:
         self.sequences += self.process.count * self.micro_batch
 
 
-def to_device(arrays, device):
-    """numpy (x, y) -> tensors on the device; on CUDA the copy runs beside the computation."""
-    tensors = (torch.from_numpy(a.copy()) for a in arrays)
-    if device.type == "cuda":
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
-    return tuple(t.to(device) for t in tensors)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the step
 
@@ -86,7 +76,7 @@ def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, s
     numbers = torch.stack((loss, grad_norm, torch.full_like(loss, stop)))
     if torch.is_tensor(routers):
         numbers = torch.cat((numbers, routers.flatten()))
-    loss, grad_norm, stop, *routers = process.mean(numbers)  # the one wait for the device in a step
+    loss, grad_norm, stop, *routers = (total / process.count for total in process.sum(numbers))  # a step's one wait for the device
     if math.isfinite(loss) and math.isfinite(grad_norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=process.count == 1)  # under DDP gradients stay views of its buckets
@@ -110,7 +100,7 @@ def evaluate(model, split, config, process):
         y[len(batch):] = -1
         total += model(x, y)[1] * len(batch)
     model.train()
-    return process.mean(total)[0] * process.count / count
+    return process.sum(total)[0] / count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +125,10 @@ class Training:
         """Take up the run of a checkpoint. Returns which keys have changed since."""
         state = load_checkpoint(path)
         load_weights(self.model, state, path)
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        try:
+            load_optimizer_state(self.optimizer, state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}: remove it, and an older checkpoint is taken") from None
         self.step = self.first_step = state["step"]
         self.seconds_before, self.first_sequence = state["seconds"], state["data"]["sequences"]
         if len(state["rng"]) == self.process.count:
@@ -147,16 +140,9 @@ class Training:
 
     def start(self):
         """Make what runs: compiled parts, gradients that meet, the first batch."""
-        self.parallel = self.model
         if self.process.compile:
-            torch._dynamo.config.optimize_ddp = False  # it cuts graphs at gradient buckets; here each block is a graph of its own
             self.model.compile_parts()
-        if self.process.count > 1:
-            signature = inspect.signature(DistributedDataParallel).parameters  # the buffers are constants; PyTorch 2.13 renamed the key
-            no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
-            self.parallel = DistributedDataParallel(
-                self.model, device_ids=[self.process.device] if self.process.device.type == "cuda" else None,
-                gradient_as_bucket_view=True, **{no_broadcast: False})
+        self.parallel = self.process.parallel(self.model)
         self.batches = Batches(self.dataset.train, self.config, self.process, self.first_sequence)
 
     def sequences(self):
@@ -187,6 +173,8 @@ def loop(t, folder, log, stops):
     moe_layers = [i for i, layer in enumerate(t.model.layers) if layer.moe]
     while True:
         last = t.step >= config.max_iters
+        if last:
+            log.check_bad_steps(t.step - 1, most=1)
         with log.paused():
             if t.step > saved_step and not log.bad_steps and (last or is_due(t.step, config.checkpoint_interval)):
                 t.save(folder)  # before evaluating, which may fail too
@@ -196,7 +184,6 @@ def loop(t, folder, log, stops):
                 val_bpb = log.evaluation(t.step, t.sequences() * config.model.block_size, val_loss, t.dataset.val_bytes_per_token)
                 log.weights(t.step, t.model)
         if last:
-            log.check_bad_steps(t.step - 1, most=1)
             return val_loss, val_bpb
 
         lr = learning_rate(t.step, config)
@@ -287,15 +274,14 @@ def finish(t, folder, log, result, encoding):
 
 
 def main(argv):
-    if not argv:
-        print("error: which model? Start with `python train.py configs/quickstart.py`, two minutes on a laptop; configs/ holds others, and "
-              "`python train.py --help` lists every key", file=sys.stderr)
-        return 1
     if any(arg in ("-h", "--help") for arg in argv):
         print(__doc__ + "\nkeys and defaults:\n  " + "\n  ".join(f"{f.name}={f.default!r}" for f in FIELDS.values()))
         return 0
     process = Process()
     try:
+        if not argv:
+            raise ValueError("which model? Start with `python train.py configs/quickstart.py`, two minutes on a laptop; configs/ holds "
+                             "others, and `python train.py --help` lists every key")
         config = load_config(argv)
         process.start(config)
         return train(config, process)
