@@ -162,10 +162,31 @@ def read_config_file(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file not found: {path}")
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except Exception as error:
+        raise ValueError(f"{path} is no Python: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
+    imported = set()
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            raise ValueError(f"{path}, line {node.lineno}: `{ast.unparse(node)}` assigns nothing: write "
+                             f"`{ast.unparse(node.target)} = {ast.unparse(node.annotation)}`")
+        if isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname or alias.name for alias in node.names} - set(FIELDS)
+    names = run_config(tree, path)
+    tools = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    values = {known_key(name, path): value for name, value in names.items() if name in FIELDS
+              or not (name.startswith("_") or name in imported or isinstance(value, tools))}
+    if not values:
+        raise ValueError(f"{path} assigns no key: a config is a Python file with lines such as n_layer = 12")
+    return values
+
+
+def run_config(tree, path):
+    """The names that a parsed config leaves, with its folder first among those that imports search, as for a script."""
     names, folder, before = {"__name__": "config", "__file__": str(path)}, str(path.resolve().parent), set(sys.modules)
     sys.path.insert(0, folder)
     try:
-        tree = ast.parse(path.read_bytes(), str(path))
         exec(compile(tree, str(path), "exec"), names)
     except (Exception, SystemExit) as error:  # it is the user's code: anything can happen in it
         raise ValueError(f"{path} does not run: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
@@ -175,19 +196,7 @@ def read_config_file(path):
         for name in set(sys.modules) - before:  # another config may have another sibling of that name
             if str(getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
                 del sys.modules[name]
-    imported = set()
-    for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and node.value is None:
-            raise ValueError(f"{path}, line {node.lineno}: `{ast.unparse(node)}` assigns nothing: write "
-                             f"`{ast.unparse(node.target)} = {ast.unparse(node.annotation)}`")
-        if isinstance(node, ast.ImportFrom):
-            imported |= {alias.asname or alias.name for alias in node.names} - set(FIELDS)
-    tools = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    values = {known_key(name, path): value for name, value in names.items() if name in FIELDS
-              or not (name.startswith("_") or name in imported or isinstance(value, tools))}
-    if not values:
-        raise ValueError(f"{path} assigns no key: a config is a Python file with lines such as n_layer = 12")
-    return values
+    return names
 
 
 def nearest(name, names):

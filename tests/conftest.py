@@ -1,4 +1,7 @@
-"""Shared by all tests: a tiny model, a tiny dataset made by prepare_data, and a way to run the real programs."""
+"""Shared by all tests: a tiny model, a tiny dataset made by prepare_data, and ways to run the real programs."""
+import contextlib
+import io
+import json
 import os
 import random
 import shutil
@@ -16,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, init_std=0.0)
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
+
+torch.set_num_threads(1)  # sums in one order, in this process as in those it starts: runs are compared bit for bit
 
 
 def tiny_gpt(dtype=torch.float32, seed=0, **keys):
@@ -73,3 +78,69 @@ def run(program, *args, processes=0, check=True, **kwargs):
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs of train.py
+
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=32", "--vocab_size=257", "--init_std=0",
+         "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=12", "--warmup_iters=3", "--learning_rate=1e-2",
+         "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--device=cpu"]
+UNIFIED_CONFIG = str(ROOT / "configs" / "unified.py")
+
+
+def start(out, dataset, *args):
+    """The command line of a small run, without the program."""
+    return [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", *map(str, args)]
+
+
+def train(*argv):
+    """train.py's main in this process. Returns (exit status, stdout, stderr)."""
+    from train import main
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        status = main(list(argv))
+    return status, said.getvalue(), errors.getvalue()
+
+
+def trained(*argv):
+    """As `train`, for a run that must succeed: its stdout."""
+    status, said, errors = train(*argv)
+    assert status == 0, errors
+    return said
+
+
+def refused(*argv):
+    """As `train`, for a request that must be refused in one line: that line."""
+    status, said, errors = train(*argv)
+    assert status == 1 and errors.startswith("error: ") and errors.count("\n") == 1, (status, said, errors)
+    return errors
+
+
+def read_log(out, event=None):
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [r for r in records if event in (None, r["event"])]
+
+
+def losses(out):
+    return [r["loss"] for r in read_log(out, "train")]
+
+
+def same_runs(a, b):
+    """Weights, optimizer and log of two runs, bit for bit, times aside."""
+    from run import newest_checkpoint
+    (_, state_a), (_, state_b) = newest_checkpoint(a), newest_checkpoint(b)
+    assert state_a["step"] == state_b["step"] and state_a["data"] == state_b["data"]
+    assert state_a["model"].keys() == state_b["model"].keys() and state_a["optimizer"].keys() == state_b["optimizer"].keys()
+    assert all(torch.equal(tensor, state_b["model"][name]) for name, tensor in state_a["model"].items())
+    assert all(torch.equal(tensor, state_b["optimizer"][name][key]) for name, moments in state_a["optimizer"].items()
+               for key, tensor in moments.items())
+    logs = [[{k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")} for r in read_log(out)] for out in (a, b)]
+    assert logs[0] == logs[1]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(dataset, tmp_path_factory):
+    """One whole run with the unified strategy, that others are compared with, and what it said."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return out, trained(UNIFIED_CONFIG, *start(out, dataset, "--sample_tokens=5", "--checkpoint_interval=4"))
