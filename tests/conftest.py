@@ -73,7 +73,7 @@ def run(program, *args, processes=0, check=True, **kwargs):
     command = [sys.executable, program, *map(str, args)]
     if processes:
         command[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True, timeout=300,
+    done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True, timeout=kwargs.pop("timeout", 300),
                           env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}, **kwargs)
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
