@@ -273,8 +273,9 @@ def log_before(path, step):
             if not record["step"] < step:
                 continue
             if record["event"] == "train":
-                loss, spikes = record["loss"], int(record["spikes"])
+                loss, counted = record["loss"], int(record["spikes"])
                 recent.extend([] if loss is None else [float(loss)])
+                spikes = counted
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # the last line of a killed run may be cut
         kept.append(line + "\n")
@@ -284,7 +285,7 @@ def log_before(path, step):
 def is_spike(loss, recent):
     """A loss is a spike if it lies more than SPIKE_STD standard deviations above the mean of the SPIKE_WINDOW finite losses
     before it; False while there are fewer. (Our reading: the literature counts spikes in this way with various numbers.)"""
-    return len(recent) >= SPIKE_WINDOW and loss > np.mean(recent) + SPIKE_STD * np.std(recent)
+    return len(recent) >= SPIKE_WINDOW and bool(loss > np.mean(recent) + SPIKE_STD * np.std(recent))
 
 
 def to_json(value, **keys):

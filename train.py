@@ -269,8 +269,10 @@ def finish(t, folder, log, result, encoding):
             f"draw it with `python -m tools.report {out}`")
     if encoding:
         log.say(f"\na sample, with the prompt {prompt!r}:\n" + "-" * 80)
-        with contextlib.suppress(KeyboardInterrupt):  # the run is done all the same
+        try:
             stream_text(t.model.eval(), encoding, prompt, t.config.sample_tokens)
+        except (KeyboardInterrupt, ValueError) as error:  # the run is done all the same
+            log.say(f"no sample: {str(error) or 'interrupted'}")
 
 
 def main(argv):

@@ -175,6 +175,16 @@ def test_spikes():
     assert not is_spike(99.0, recent[1:])  # too few to say
 
 
+def test_spikes_are_counted_over_a_resume(dataset, tmp_path, monkeypatch):
+    """With the bar far below the mean, every step is a spike that has enough losses before it: here from the fourth on."""
+    monkeypatch.setattr(run, "SPIKE_WINDOW", 4)
+    monkeypatch.setattr(run, "SPIKE_STD", -1e9)
+    for steps in (7, 9):
+        said = trained(*start(tmp_path, dataset, f"--max_iters={steps}", "--resume"))
+    assert [r["spikes"] for r in read_log(tmp_path, "train")] == [0, 0, 0, 0, 1, 2, 3, 4, 5] and "is a spike, the 5. so far" in said
+    assert json.loads((tmp_path / "summary.json").read_text())["spikes"] == 5
+
+
 def test_json_has_no_nan():
     assert to_json({"a": math.nan, "b": [1.5, -math.inf, {"c": math.inf}], "d": "NaN", "e": True}) == \
         '{"a": null, "b": [1.5, null, {"c": null}], "d": "NaN", "e": true}'

@@ -331,10 +331,14 @@ def test_ctrl_c_before_the_first_step(dataset, tmp_path, monkeypatch):
     assert "interrupted before the first step: nothing was changed" in refused(*start(tmp_path / "out", dataset))
 
 
-def test_ctrl_c_in_the_sample_at_the_end(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "stream_text", lambda *args: signal.raise_signal(signal.SIGINT))
-    trained(*start(tmp_path, dataset, "--sample_tokens=5", "--max_iters=3"))
-    assert (tmp_path / "summary.json").exists()
+def test_a_sample_that_fails_does_not_fail_the_run(dataset, tmp_path, monkeypatch):
+    def bad_prompt(*args):
+        raise ValueError("the prompt has token id 300")
+    for name, action, message in (("a", lambda *args: signal.raise_signal(signal.SIGINT), "no sample: interrupted"),
+                                  ("b", bad_prompt, "no sample: the prompt has token id 300")):
+        monkeypatch.setattr(program, "stream_text", action)
+        assert message in trained(*start(tmp_path / name, dataset, "--sample_tokens=5", "--max_iters=3"))
+        assert (tmp_path / name / "summary.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
