@@ -186,7 +186,7 @@ def test_router_is_not_muons():
 
 @pytest.mark.parametrize("processes, optimizer", [(0, "adamw"), (2, "muon")])
 def test_training(dataset, tmp_path, processes, optimizer):
-    from test_train import TINY as SHORT
+    from conftest import SMALL as SHORT
     args = ["configs/unified.py", *SHORT, f"--dataset={dataset}", "--n_expert=4", "--d_expert=24", "--d_shared_expert=40",
             "--n_dense_layer=1", f"--optimizer={optimizer}", "--load_balance_coef=0"]
     run("train.py", *args, f"--out_dir={tmp_path / 'a'}", processes=processes)

@@ -3,14 +3,13 @@ import json
 
 import pytest
 from conftest import run
-from test_train import undisturbed  # noqa: F401
 
 from tools.report import by_branch, read_log, smooth, table
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
 
 
-def test_report(undisturbed, tmp_path):  # noqa: F811
+def test_report(undisturbed, tmp_path):
     out, _ = undisturbed
     said = run("tools/report.py", out, "--out", tmp_path / "r.png").stdout
     summary = json.loads((out / "summary.json").read_text())
@@ -19,7 +18,7 @@ def test_report(undisturbed, tmp_path):  # noqa: F811
     assert min(imread(tmp_path / "r.png").shape[:2]) > 300
 
 
-def test_branches_are_told_apart(undisturbed):  # noqa: F811
+def test_branches_are_told_apart(undisturbed):
     branches = by_branch(read_log(undisturbed[0])["scale"])
     expected = {f"{b} {side}" for b in ("q", "k", "v", "gate", "up") for side in ("in", "out")} | {"head in"}
     assert set(branches) == expected

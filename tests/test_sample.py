@@ -1,13 +1,12 @@
 """Proves that sample.py continues a prompt from a checkpoint made by train.py, the same for the same seed, as whole characters."""
 import torch
 from conftest import run
-from test_train import undisturbed  # noqa: F401
 
 from data import get_encoding
 from sample import load_model, stream_text
 
 
-def test_sample(undisturbed):  # noqa: F811
+def test_sample(undisturbed):
     out, _ = undisturbed
     args = [f"--out_dir={out}", "--prompt=1 + 2 = ", "--max_new_tokens=20", "--num_samples=2", "--seed=3"]
     first, second = (run("sample.py", *args).stdout for _ in range(2))
@@ -36,6 +35,6 @@ def test_errors(tmp_path):
     assert "cannot be negative" in done.stderr
 
 
-def test_model_comes_back_as_it_was(undisturbed):  # noqa: F811
+def test_model_comes_back_as_it_was(undisturbed):
     model, encoding, step = load_model(undisturbed[0])
     assert step == 12 and encoding.name == "bytes" and not model.training
