@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -281,7 +282,7 @@ def test_a_log_without_its_checkpoints_is_kept(dataset, tmp_path):
 # resuming
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path):
-    out, _ = undisturbed
+    out = Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
     before = losses(out), json.loads((out / "summary.json").read_text())["val_loss"], checkpoints(out)
     trained(UNIFIED_CONFIG, *start(out, dataset, "--checkpoint_interval=4"), "--resume")
     assert before == (losses(out), json.loads((out / "summary.json").read_text())["val_loss"], checkpoints(out))

@@ -302,9 +302,10 @@ def at_step(monkeypatch, step, action):
     monkeypatch.setattr(program, "learning_rate", lambda s, config: (action() if s == step else None) or original(s, config))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("kind", [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adamw", *MIXTURE],
-                                  ["--optimizer=muon", *MIXTURE]], ids=["adamw", "muon", "adamw_mixture", "muon_mixture"])
+@pytest.mark.parametrize("kind, number", [(["--optimizer=adamw"], signal.SIGTERM), (["--optimizer=muon"], signal.SIGINT),
+                                          (["--optimizer=adamw", *MIXTURE], signal.SIGINT),
+                                          (["--optimizer=muon", *MIXTURE], signal.SIGTERM)],
+                         ids=["adamw", "muon", "adamw_mixture", "muon_mixture"])
 def test_a_stopped_run_resumes_bit_for_bit(dataset, tmp_path, monkeypatch, kind, number):
     args = [*kind, "--max_iters=20", "--checkpoint_interval=7"]
     trained(UNIFIED_CONFIG, *start(tmp_path / "straight", dataset, *args))
