@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import fsync_folder
+from disk import sync_folder as fsync_folder
 
 FORMAT = 2
 

@@ -116,7 +116,8 @@ def discard(folder):
     """Remove a dataset made here, finished or not, file by file."""
     if stranger := foreign(folder):
         raise ValueError(f"{folder / stranger} was not written here, so {folder} is not removed: move it away")
-    for path in sorted(folder.iterdir(), key=lambda p: p.name == "progress.json"):  # the mark of ours goes last
+    marks = ("meta.json", "progress.json")  # they tell that it is ours, and go last: a kill leaves something we know again
+    for path in sorted(folder.iterdir(), key=lambda p: marks.index(p.name) if p.name in marks else -1):
         discard(path) if path.is_dir() else path.unlink()
     folder.rmdir()
 
