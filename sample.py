@@ -54,7 +54,7 @@ def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=
     show(decoder.decode(b"", final=True) + "\n")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="out/quickstart", help="the run folder (default: out/quickstart)")
     parser.add_argument("--prompt", default="\n", help="text to continue")
@@ -64,7 +64,7 @@ def main():
     parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0: among all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 0:
             raise ValueError("--temperature, --top_k and --max_new_tokens cannot be negative")
