@@ -24,7 +24,7 @@ from conftest import ROOT, run, write_texts
 
 import prepare_data
 from data import Dataset, get_encoding
-from documents import HubInput, is_validation, read_documents
+from documents import HubInput, Input, is_validation, read_documents
 from prepare_data import document_digests, find_files, foreign, main, prepare, verify
 
 
@@ -221,6 +221,26 @@ def test_bad_records_end_a_preparation_or_are_skipped_and_counted(tmp_path, caps
         [t for t in texts if t] + ["good", "last"] + [p.read_text() for p in folder.glob("*.txt")])
 
 
+def test_what_was_skipped_is_counted_once_when_a_preparation_is_resumed(tmp_path):
+    """From any document on, with any amount read ahead: the counts of an uninterrupted reading."""
+    for name in "ab":
+        lines = [json.dumps({"text": None if i % 3 == 0 else f"{name}{i}"}) + "\n" for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    files = find_files([tmp_path])
+    whole = Input(files, "text", skip_bad=True)
+    documents = list(whole.documents())
+    for stop, (_, position) in enumerate(documents):
+        for ahead in (0, 3, len(documents)):
+            first, second = Input(files, "text", skip_bad=True), Input(files, "text", skip_bad=True)
+            for _ in zip(range(stop + 1 + ahead), first.documents()):
+                pass
+            second.resume(json.loads(json.dumps(first.skipped_before(position))))
+            assert [text for text, _ in second.documents(position)] == [text for text, _ in documents[stop + 1:]]
+            assert list(second.report()) == list(whole.report())
+    assert sum(whole.skipped.values()) == 7
+
+
 def test_a_text_of_a_megabyte_has_a_validation_split(tmp_path, capsys):
     """At the default fraction: it is cut shorter until both splits have a document, saying so, and nothing is lost."""
     path = tmp_path / "novel.txt"
@@ -250,14 +270,16 @@ def everything(folder):
     ("json", "exists and holds meta.json, which is not part of a dataset made here"),
     ("lock", "exists and holds lock, which is not part of a dataset made here"),
     ("work", "work.partial is where the work would be kept, but progress.json was not written here"),
+    ("locked", "locked.partial is where the work would be kept, but lock was not written here"),
     ("file", "file.partial is where the work would be kept, but file.partial was not written here"),
     ("cwd", "is or holds the working directory"), ("/proc", "is a mount point|not part of a dataset"), ("/", "input|working directory")])
 def test_nothing_is_removed_that_was_not_written_here(tmp_path, out, message, monkeypatch):
     folder = write_texts(tmp_path / "in", 30)
     (folder / "sub").mkdir()
-    for name in ("mine/precious.txt", "linked/x.txt", "lock/lock", "work.partial/train_000000.bin", "file.partial", "cwd/"):
-        path = tmp_path / name
-        path.mkdir(parents=True) if name.endswith("/") else (path.parent.mkdir(exist_ok=True), path.write_text("precious " * 20))
+    for name in ("mine/precious.txt", "linked/x.txt", "lock/lock", "locked.partial/lock", "work.partial/train_000000.bin", "file.partial",
+                 "cwd/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name == "lock/lock" else "precious")
     for name in ("json/meta.json", "work.partial/progress.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"my": "own"}')
@@ -388,6 +410,31 @@ def test_a_stop_at_any_point_of_the_final_move_loses_nothing(texts, dataset, tmp
     prepare(files, out, "bytes", "x", **options)
     same_files(tmp_path / "new", out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out"]
+
+
+def test_an_old_dataset_that_was_moved_aside_comes_back(texts, dataset, tmp_path):
+    """Killed between the two renames of the final move; then a command that does not replace it, or fails."""
+    files, out, partial = find_files([texts]), tmp_path / "out", tmp_path / "out.partial"
+    for options, message in (({"val_fraction": 0.2}, "exists: choose another --out"), ({"val_fraction": 0.1, "overwrite": True}, "stop")):
+        partial.mkdir()
+        shutil.copytree(dataset, partial / "replaced")
+        (partial / "progress.json").write_text('{"options": {"x": 1}, "writers": {"train": {"shards": [1]}}}')
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(prepare_data.Preparation, "write", lambda *_: (_ for _ in ()).throw(ValueError("stop")))
+            prepare(files, out, "bytes", "x", **options)
+        assert everything(out) == everything(dataset)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(out)
+
+
+def test_a_finished_dataset_that_waits_is_not_moved_when_the_input_has_grown(tmp_path, monkeypatch):
+    source, out = write_texts(tmp_path / "in", 60), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="stop"):
+        patch.setattr(prepare_data, "move_into_place", lambda *_: (_ for _ in ()).throw(ValueError("stop")))
+        prepare(find_files([source]), out, "bytes", "x", val_fraction=0.2)
+    (source / "zz.txt").write_text("one more")
+    with pytest.raises(ValueError, match="holds an unfinished preparation of other input"):
+        prepare(find_files([source]), out, "bytes", "x", val_fraction=0.2)
 
 
 def same_files(a, b):
