@@ -31,22 +31,36 @@ def load_model(out_dir):
     return model.eval(), get_encoding(state["tokenizer"]), state["step"]
 
 
+def show(text):
+    """Print what standard output can show, "?" for the rest: a terminal that is not UTF-8 must not end a run."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+
+
 def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=50, seed=0):
-    """Print the prompt and its continuation, piece by piece as it comes, up to <|endoftext|>."""
+    """Print the prompt and its continuation, piece by piece as it comes, up to <|endoftext|>. Where the tokenizer is not known
+    (data.TokenIds), prompt and continuation are token ids. Raises ValueError, one line, on a prompt the model cannot take."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    ids = encoding.encode(prompt, disallowed_special=()) or [encoding.eot_token]
+    ids = encoding.encode(prompt, disallowed_special=()) or [encoding.eot_token or 0]
+    if beyond := [i for i in ids if not 0 <= i < model.config.vocab_size]:
+        raise ValueError(f"the prompt has token id {beyond[0]}, and the model knows 0 to {model.config.vocab_size - 1}: it was trained on "
+                         f"another tokenizer than {encoding.name}; give another prompt")
+    if encoding.eot_token is None:
+        show("(token ids: the tokenizer of the training data is not known)\n")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
-    print(prompt, end="", flush=True)
+    show(prompt)
     for token in model.generate(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, generator):
         if token.item() == encoding.eot_token:
             break
-        known = token.item() < encoding.n_vocab  # the model's vocabulary may be padded
-        print(decoder.decode(encoding.decode_single_token_bytes(token.item())) if known else "\ufffd", end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        try:
+            show(decoder.decode(encoding.decode_single_token_bytes(token.item())))
+        except KeyError:  # the model's vocabulary may be padded
+            show("\ufffd")
+    show(decoder.decode(b"", final=True) + "\n")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="out/quickstart", help="the run folder (default: out/quickstart)")
     parser.add_argument("--prompt", default="\n", help="text to continue")
@@ -56,17 +70,20 @@ def main():
     parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0: among all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 0:
             raise ValueError("--temperature, --top_k and --max_new_tokens cannot be negative")
         model, encoding, step = load_model(args.out_dir)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    model.to(args.device)
-    for i in range(args.num_samples):
-        print(f"--- sample {i + 1} after {step} steps, seed {args.seed + i} ---")
-        stream_text(model, encoding, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed + i)
+        model.to(args.device)
+        for i in range(args.num_samples):
+            print(f"--- sample {i + 1} after {step} steps, seed {args.seed + i} ---")
+            stream_text(model, encoding, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed + i)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two are torch's, of a device it has not
+        sys.exit(f"error: {str(error).partition(chr(10))[0]}")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

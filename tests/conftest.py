@@ -68,6 +68,16 @@ def dataset(texts, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def needs_gpt2():
+    """GPT-2's encoding. Tests that need it are skipped where its vocabulary can be had neither from TIKTOKEN_CACHE_DIR nor the network."""
+    from data import get_encoding
+    try:
+        return get_encoding("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 def run(program, *args, processes=0, check=True, **kwargs):
     """Run one of the project's programs as a user would. processes > 0: under torchrun."""
     command = [sys.executable, program, *map(str, args)]

@@ -1,15 +1,19 @@
 """
-Proves that the three shard formats give their tokens, that damage is told from data, and that the order of training is a
-permutation that depends on nothing but seed and sample number.
+Proves that the three shard formats give their tokens, that damage is told from data, before a run and during one, that foreign
+shards are taken for what they are, and that the order of training is a permutation that depends on nothing but seed and sample
+number.
 """
+import hashlib
 import json
+import os
+import pickle
 import shutil
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, run
+from conftest import run
 
-from data import MAGIC, Dataset, Split, get_encoding, open_shard, permute, shard_header, window_numbers
+from data import MAGIC, Dataset, Shard, ShardWriter, Split, foreign_shards, get_encoding, permute, shard_header, window_numbers
 
 
 def llmc_shard(path, tokens):
@@ -26,7 +30,8 @@ def test_three_formats(tmp_path):
     (tmp_path / "b.bin").write_bytes(shard_header(1000, 4) + (tokens * 4).astype(np.uint32).tobytes())
     llmc_shard(tmp_path / "c.bin", tokens)
     for name, expected in (("train.bin", tokens), ("a.bin", tokens), ("b.bin", tokens * 4), ("c.bin", tokens)):
-        assert np.array_equal(open_shard(tmp_path / name), expected)
+        shard = Shard(tmp_path / name)
+        assert np.array_equal(np.concatenate(list(shard.blocks())), expected) and np.array_equal(shard.read(700, 200), expected[700:900])
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -46,7 +51,7 @@ def test_three_formats(tmp_path):
 def test_damaged_shards(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        open_shard(tmp_path / name)
+        Shard(tmp_path / name)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -101,7 +106,7 @@ def test_foreign_folders(tmp_path):
     tokens = np.arange(500) % 90
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(tokens.astype(np.uint16).tobytes())
-    assert len(Dataset(tmp_path, 16, 50304).train) == 31
+    assert len(Dataset(tmp_path, 16, 50304).train) == 31 and Dataset(tmp_path, 16).tokenizer == "ids"
     fineweb = tmp_path / "fineweb"
     fineweb.mkdir()
     for name in ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"):
@@ -114,6 +119,118 @@ def test_foreign_folders(tmp_path):
         Dataset(fineweb, 16, 80, verify=False).train[list(range(10))]
 
 
+@pytest.mark.parametrize("name, split", [
+    ("retrieval_train_000.bin", "train"), ("train.bin", "train"), ("fineweb_val_000000.bin", "val"), ("x-validation-1.bin", "val"),
+    ("TRAIN0001.bin", "train"), ("interval_train.bin", "train"), ("constrained.bin", None), ("valuable.bin", None), ("model.bin", None)])
+def test_a_split_is_told_by_a_whole_word(tmp_path, name, split):
+    (tmp_path / name).touch()
+    assert [s for s in ("train", "val") if foreign_shards(tmp_path, s)] == ([split] if split else [])
+
+
+def test_no_shard_is_in_both_splits(tmp_path):
+    llmc_shard(tmp_path / "x_train_0.bin", range(100))
+    os.symlink(tmp_path / "x_train_0.bin", tmp_path / "x_val_0.bin")
+    with pytest.raises(ValueError, match="x_train_0.bin would be in both splits, by its name or by x_val_0.bin"):
+        Dataset(tmp_path, 16)
+    (tmp_path / "x_val_0.bin").unlink()
+    llmc_shard(tmp_path / "val_of_train.bin", range(100))
+    with pytest.raises(ValueError, match="val_of_train.bin would be in both splits"):
+        Dataset(tmp_path, 16)
+
+
+class Trap:
+    """A pickle that leaves a file if it is ever loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nanogpt_character_data(tmp_path):
+    """65 characters, a meta.pkl that must not be loaded: no tokenizer is known, and its text is the ids."""
+    tokens = np.arange(2000) % 65
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(tokens.astype(np.uint16).tobytes())
+    for beside in (False, True):
+        if beside:
+            (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "loaded")))
+        opened = Dataset(tmp_path, 16, 65)
+        assert opened.tokenizer == "ids" and opened.val_bytes_per_token is None
+    assert not (tmp_path / "loaded").exists()
+    encoding = get_encoding("ids")
+    assert encoding.encode(" 17 4\n250") == [17, 4, 250] and encoding.decode_single_token_bytes(17) == b" 17"
+    with pytest.raises(ValueError, match="give token ids as the prompt, such as '17 4', not 'To be'"):
+        encoding.encode("To be")
+
+
+@pytest.mark.parametrize("highest, header, pickled, tokenizer", [
+    (50256, False, False, "gpt2"), (256, False, False, "gpt2"), (255, False, False, "ids"), (64, True, False, "gpt2"),
+    (50256, True, False, "gpt2"), (50257, True, False, "ids"), (50257, False, False, "ids"), (5000, False, True, "ids"),
+    (64, True, True, "ids")])
+def test_when_foreign_shards_are_taken_for_gpt2s(tmp_path, highest, header, pickled, tokenizer):
+    tokens = np.array([0] * 50 + [highest] + [1] * 50, dtype=np.uint16)
+    for split in ("train", "val"):
+        if header:
+            llmc_shard(tmp_path / f"x_{split}_0.bin", tokens)
+        else:
+            (tmp_path / f"{split}.bin").write_bytes(tokens.tobytes())
+    if pickled:
+        (tmp_path / "meta.pkl").touch()
+    assert Dataset(tmp_path, 16).tokenizer == tokenizer
+
+
+@pytest.mark.parametrize("change", ["cut", "replaced", "removed"])
+def test_a_shard_that_changes_during_a_run_is_one_line(tmp_path, change):
+    """In a process of its own: a memory map would end it with a bus error, or read other tokens."""
+    for split in ("train", "val"):
+        llmc_shard(tmp_path / f"x_{split}_0.bin", np.arange(200_000) % 50_000)
+    os.utime(tmp_path / "x_train_0.bin", (1e9, 1e9))
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import os, sys
+sys.path.insert(0, os.getcwd())
+from data import Dataset
+dataset, path = Dataset({str(tmp_path)!r}, 64), {str(tmp_path / "x_train_0.bin")!r}
+dataset.train[[2000, 3]]
+content = open(path, "rb").read()
+{dict(cut="os.truncate(path, 5000)", replaced="os.remove(path); open(path, 'wb').write(content[:-2] + content[:2])",
+      removed="os.remove(path)")[change]}
+try:
+    dataset.train[[2000, 3]]
+except (ValueError, OSError) as error:
+    print(error)
+""")
+    said = run(program).stdout
+    assert said.count("\n") == 1 and "x_train_0.bin" in said
+    assert ("No such file" if change == "removed" else "has changed since it was opened") in said
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_shards_are_written_as_the_format_says(tmp_path, dtype):
+    """Documents of any length, shards of ten tokens: header, tokens and checksum by hand; the same when taken up in the middle."""
+    documents = [np.arange(n, dtype=dtype) + n for n in (3, 1, 25, 7, 9)]
+    for restored in (False, True):
+        writer = ShardWriter(tmp_path, "train", dtype, 10)
+        for number, tokens in enumerate(documents):
+            if restored and number == 3:
+                state = json.loads(json.dumps(writer.state()))
+                writer.write(np.zeros(4, dtype), 1)  # lost again
+                writer.file.close()
+                writer = ShardWriter(tmp_path, "train", dtype, 10)
+                writer.restore(state)
+            writer.write(tokens, 2 * len(tokens))
+        writer.close()
+        assert (writer.tokens, writer.bytes, writer.documents) == (45, 90, 5)
+        whole = np.concatenate(documents)
+        for number, shard in enumerate(writer.shards):
+            tokens = whole[10 * number:10 * number + 10].tobytes()
+            header = np.array([20260526, 1, len(tokens) // dtype().itemsize, dtype().itemsize] + [0] * 252, dtype="<i4")
+            assert (tmp_path / shard["name"]).read_bytes() == header.tobytes() + tokens
+            assert shard == {"name": f"train_{number:06d}.bin", "tokens": header[2], "sha256": hashlib.sha256(tokens).hexdigest()}
+
+
 @pytest.fixture
 def copy(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / "copy")
@@ -123,7 +240,7 @@ def test_our_folder(dataset):
     opened = Dataset(dataset, 16, 257)
     meta = json.loads((dataset / "meta.json").read_text())
     assert (opened.train.tokens, opened.val.tokens) == tuple(meta["splits"][s]["tokens"] for s in ("train", "val"))
-    text = bytes((opened.val.shards[0][:2000] % 256).astype(np.uint8)).decode()
+    text = bytes((opened.val.shards[0].read(0, 2000) % 256).astype(np.uint8)).decode()
     assert "sums, part" in text and " + " in text
     documents = meta["splits"]["val"]["documents"]
     assert opened.val_bytes_per_token == (opened.val.tokens - documents) / opened.val.tokens
@@ -134,6 +251,21 @@ def test_missing_folder(tmp_path):
         Dataset(tmp_path / "nothing", 16)
     with pytest.raises(FileNotFoundError, match="holds no train shard"):
         Dataset(tmp_path, 16)
+
+
+def test_a_home_folder_is_a_home_folder(dataset, monkeypatch):
+    monkeypatch.setenv("HOME", str(dataset.parent))
+    assert Dataset(f"~/{dataset.name}", 16).folder == dataset
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.bin", "/etc/passwd", "sub/x.bin", "..", ".", "", "train_000000.bin"])
+def test_shards_named_in_meta_stay_in_the_folder_and_come_once(copy, name):
+    meta = json.loads((copy / "meta.json").read_text())
+    llmc_shard(copy.parent / "elsewhere.bin", range(100))
+    meta["splits"]["val"]["shards"][0] = {**meta["splits"]["val"]["shards"][0], "name": name, "tokens": 100}
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="meta.json is damaged .*(is no name of a shard in this folder|lists train_000000.bin twice)"):
+        Dataset(copy, 16)
 
 
 def test_checksum_mismatch(copy):
@@ -181,9 +313,8 @@ def test_unknown_and_unreachable_encodings(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason="GPT-2's vocabulary files are not at hand")
-def test_bytes_per_token_of_foreign_shards(tmp_path):
-    encoding, text = get_encoding("gpt2"), "The scale of a vector is a vector's scale. " * 50
+def test_bytes_per_token_of_foreign_shards(tmp_path, needs_gpt2):
+    encoding, text = needs_gpt2, "The scale of a vector is a vector's scale. " * 50
     tokens = encoding.encode(text) + [encoding.eot_token]
     for name in ("x_train_0.bin", "x_val_0.bin"):
         llmc_shard(tmp_path / name, tokens)

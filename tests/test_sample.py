@@ -1,7 +1,14 @@
-"""Proves that sample.py continues a prompt from a checkpoint made by train.py, the same for the same seed, as whole characters."""
+"""Proves that sample.py continues a prompt from a checkpoint made by train.py, the same for the same seed, as whole characters, on any
+terminal, and that data without a known tokenizer are shown as token ids."""
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
 import torch
 from conftest import run
 
+import sample
 from data import get_encoding
 from sample import load_model, stream_text
 
@@ -14,18 +21,50 @@ def test_sample(undisturbed):
     assert "--- sample 1 after 12 steps, seed 3 ---" in first
 
 
+class Scripted(torch.nn.Module):
+    """In place of a model: says what it is told, and keeps the prompt's ids."""
+
+    def __init__(self, tokens, vocab_size=400):
+        super().__init__()
+        self.anchor, self.tokens, self.config = torch.nn.Parameter(torch.zeros(1)), tokens, SimpleNamespace(vocab_size=vocab_size)
+
+    def generate(self, idx, max_new_tokens, *args):
+        self.prompt = idx[0].tolist()
+        for token in self.tokens:
+            yield torch.tensor([[token]])
+
+
 def test_characters_of_several_tokens_come_whole(capsys):
-    class Scripted(torch.nn.Module):  # says γ⊙ byte by byte, then a byte that is no character, an id beyond the vocabulary, the end
-        def __init__(self):
-            super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros(1))
-
-        def generate(self, idx, max_new_tokens, *args):
-            for token in [*"γ⊙".encode(), 0xFF, 300, 256, 65]:
-                yield torch.tensor([[token]])
-
-    stream_text(Scripted(), get_encoding("bytes"), "x", 100)
+    """γ⊙ byte by byte, then a byte that is no character, an id beyond the vocabulary, the end."""
+    stream_text(Scripted([*"γ⊙".encode(), 0xFF, 300, 256, 65]), get_encoding("bytes"), "x", 100)
     assert capsys.readouterr().out == "xγ⊙\ufffd\ufffd\n"
+
+
+@pytest.mark.parametrize("terminal, shown", [("ascii", b"x? ? a\n"), ("latin-1", b"x\xe9 ? a\n"), ("utf-8", "xé γ a\n".encode())])
+def test_a_terminal_that_is_not_utf8_ends_no_run(monkeypatch, terminal, shown):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=terminal))
+    stream_text(Scripted([*" γ a".encode()]), get_encoding("bytes"), "xé", 100)
+    assert screen.getvalue() == shown
+
+
+def test_without_a_tokenizer_the_text_is_token_ids(capsys):
+    """nanoGPT's character data: 65 ids, of which 0 is a character like any other; an IndexError once."""
+    for prompt, ids, shown in (("\n", [0], "\n 5 0 64"), ("17 4", [17, 4], "17 4 5 0 64")):
+        model = Scripted([5, 0, 64], vocab_size=65)
+        stream_text(model, get_encoding("ids"), prompt, 100)
+        assert model.prompt == ids
+        assert capsys.readouterr().out == f"(token ids: the tokenizer of the training data is not known)\n{shown}\n"
+    for prompt, message in (("To be", "give token ids as the prompt"), ("1 65", "token id 65, and the model knows 0 to 64"),
+                            ("-1", "token id -1")):
+        with pytest.raises(ValueError, match=message) as error:
+            stream_text(model, get_encoding("ids"), prompt, 100)
+        assert "\n" not in str(error.value)
+
+
+def test_a_prompt_of_another_tokenizer_is_one_line():
+    with pytest.raises(ValueError, match="token id 84, and the model knows 0 to 64: it was trained on another tokenizer than bytes"):
+        stream_text(Scripted([], vocab_size=65), get_encoding("bytes"), "To be", 100)
 
 
 def test_errors(tmp_path):
@@ -33,6 +72,17 @@ def test_errors(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: no checkpoint in") and done.stderr.count("\n") == 1
     done = run("sample.py", "--temperature=-1", check=False)
     assert "cannot be negative" in done.stderr
+
+
+def test_a_device_that_is_not_there_and_ctrl_c(undisturbed, monkeypatch, capsys):
+    for device in ("foo", "cuda:99"):
+        with pytest.raises(SystemExit, match="^error: ") as error:
+            sample.main([f"--out_dir={undisturbed[0]}", f"--device={device}"])
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(sample, "stream_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as end:
+        sample.main([f"--out_dir={undisturbed[0]}", "--device=cpu"])
+    assert end.value.code == 130 and capsys.readouterr().err == "\n"
 
 
 def test_model_comes_back_as_it_was(undisturbed):
