@@ -1,135 +1,54 @@
 """
-Why scale vectors help: the mathematics as functions that can be called, and pictures of them.
+Why scale vectors help: the paper's theorems and what we add to them, as functions that can be called.
 
-  python theory.py            writes figures/theory_*.png, in under a minute on a CPU
+  python -m tools.theory_figures      draws figures/theory_*.png from them
 
-Setting. x̂ = Norm(x) in R^d, a linear map W (m, d), W̃ its effective weight, L the loss, G = ∂L/∂W̃ (m, d); w_j, G_j the j-th
-columns. Gradient flow dθ/dt = -∂L/∂θ on the trained parameters moves W̃ in a way that depends on how W̃ is written. Each
-function says whose claim its statement is: "paper" (arXiv 2605.26895; its abstract and what readers report), or "our
-derivation". All of it speaks of gradient flow; what of it survives AdamW is measured in figure 7, not proved.
+Setting 2.1. x̂ = Norm(x) in R^d with E[x̂ x̂ᵀ] = I, a linear map W (m, d), a teacher W*. A parameterization writes the effective
+weight W̃ that the loss L = ½‖W̃ - W*‖² sees; G = ∂L/∂W̃ (m, d) = W̃ - W*. Training is gradient flow dθ/dt = -∂L/∂θ on all
+parameters, from W = 0 and every scale vector 1. Absorption (section 2.1) is norms.scale_weight: W̃ = diag(u) W diag(v), so no
+form can express more than another; they differ in how W̃ moves. Only the laws in t³ and the comparisons "for every t" need that
+loss and that start; every velocity, rate and invariant holds for any loss and any point.
+
+Letters: w_j and G_j j-th columns, v (d,) = γ = γ_b on the input side, u (m,) = γ_a on the output side, λ weight decay on w, μ on γ.
+Source of each statement: "paper" with its number (arXiv 2605.26895v1), or "ours": derived here. All tensors in the tests are
+float64. Tests: tests/test_theory.py. What each looks like: docs/theory.md.
 """
-import functools
-import sys
-import time
-from pathlib import Path
-
 import torch
 
-from norms import exponential_reparam, ordinary_reparam, scale_weight
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the statements
+from norms import exponential_reparam, original_reparam, scale_weight
 
 
-def absorb(W, gamma):
-    """W (γ ⊙ x̂) = (W diag γ) x̂: a linear map behind γ can take it over, so γ adds no function. Paper's claim.
-    The j-th column of W meets only x̂_j, so scaling x̂_j by γ_j or the column by γ_j is the same. (m, d), (d,) -> (m, d)."""
-    return scale_weight(W, gamma)
-
-
-def preconditioner(w, gamma):
-    """P_j = γ_j² I + w_j w_jᵀ: gradient flow on (W, γ) moves w̃_j = γ_j w_j by -P_j G_j. w (m,), gamma () -> (m, m).
-    Paper's claim: γ is a self-amplifying preconditioner; the form is our derivation. The chain rule gives
-    ∂L/∂w_j = γ_j G_j and ∂L/∂γ_j = <w_j, G_j>, and d w̃_j = γ_j dw_j + w_j dγ_j. Without γ, P = I. As P_j ⪰ γ_j² I and γ_j
-    grows with |w_j| (see conserved), the larger a feature's weight has become, the faster it moves."""
-    return gamma ** 2 * torch.eye(len(w), dtype=w.dtype) + torch.outer(w, w)
-
-
-def effective_velocity(W, gamma, G):
-    """dW̃/dt = -[γ_j² G_j + w_j <w_j, G_j>]_j: preconditioner for all columns at once. Our derivation.
-    W (m, d), gamma (d,), G (m, d) -> (m, d)."""
-    return -(gamma ** 2 * G + W * (W * G).sum(0))
-
-
-def effective_velocity_dual(W, u, v, G):
-    """dW̃/dt for W̃ = diag(u) W diag(v), all three trained: -[u_i² v_j² G_ij + W̃_ij (row_i / u_i + col_j / v_j)] with
-    row_i = Σ_j W_ij v_j G_ij = ∂L/∂u_i and col_j = Σ_i W_ij u_i G_ij = ∂L/∂v_j. Our derivation (product rule).
-    W (m, d), u (m,), v (d,), G (m, d) -> (m, d)."""
-    row, col = (W * v * G).sum(1), (W * u[:, None] * G).sum(0)
-    return -((u[:, None] * v) ** 2 * G + W * v * row[:, None] + W * u[:, None] * col)
-
-
-def conserved(W, gamma):
-    """γ_j² - |w_j|² for each j: gradient flow on (W, γ) does not change it. Our derivation: d(γ_j²)/dt = -2 γ_j <w_j, G_j> and
-    d|w_j|²/dt = -2 <w_j, γ_j G_j> are the same. So (|w_j|, γ_j) moves on a hyperbola. (m, d), (d,) -> (d,)."""
-    return gamma ** 2 - W.square().sum(0)
-
-
-def descent_rate(G):
-    """dL/dt = -Σ G_ij² with no scale vector: W̃ = W. (m, d) -> ()."""
-    return -G.square().sum()
-
-
-def descent_rate_shared(weights, gamma, grads):
-    """dL/dt = -Σ_j [γ_j² Σ_b |G_j^b|² + (Σ_b <w_j^b, G_j^b>)²] with one γ for all branches b. Our derivation: by the chain rule
-    dL/dt is minus the squared gradient, and γ's gradient is the sum over its branches. [(m_b, d)], (d,), [(m_b, d)] -> ()."""
-    common = sum((W * G).sum(0) for W, G in zip(weights, grads))
-    return -(sum((gamma ** 2 * G.square()).sum() for G in grads) + common.square().sum())
-
-
-def descent_rate_heterogeneous(weights, gammas, grads):
-    """dL/dt = -Σ_b Σ_j [γ_j^b² |G_j^b|² + <w_j^b, G_j^b>²]: HG, a γ for each branch. That it helps is the paper's claim; the rate is
-    our derivation, and it says when: from the same point it is the shared rate with Σ_b <·>² in place of (Σ_b <·>)². Sharing
-    wins when the branches agree on which features to turn up, separate vectors when they conflict. Neither dominates.
-    [(m_b, d)], [(d,)], [(m_b, d)] -> ()."""
-    return sum(descent_rate_shared([W], gamma, [G]) for W, gamma, G in zip(weights, gammas, grads))
-
-
-def descent_rate_single(W, v, G):
-    """dL/dt with a vector on the input side only: descent_rate_shared with one branch. (m, d), (d,), (m, d) -> ()."""
-    return descent_rate_shared([W], v, [G])
-
-
-def descent_rate_dual(W, u, v, G):
-    """dL/dt = -Σ_ij u_i² v_j² G_ij² - Σ_i (Σ_j W_ij v_j G_ij)² - Σ_j (Σ_i W_ij u_i G_ij)² for W̃ = diag(u) W diag(v): DP. That it helps is
-    the paper's claim; the rate is our derivation: minus the squared gradients of W, u and v. At u = 1 it is the single rate
-    plus the row term, so never slower at that instant; later the two are at different points, and nothing is promised."""
-    row, col = (W * v * G).sum(1), (W * u[:, None] * G).sum(0)
-    return -((u[:, None] * v * G).square().sum() + row.square().sum() + col.square().sum())
-
-
-def ordinary_preconditioner(beta, alpha):
-    """OR: γ = β α moves by -(β² I + α αᵀ) ∇γ. (), (d,) -> (d, d). The split is the paper's; the form is our derivation: the
-    Jacobian of γ is [α, β I], and a flow moves γ by -J Jᵀ ∇γ. Speed β² across α and β² + |α|² along it."""
-    return beta ** 2 * torch.eye(len(alpha), dtype=alpha.dtype) + torch.outer(alpha, alpha)
-
-
-def exponential_preconditioner(beta, alpha):
-    """ER: γ = e^β α moves by -(e^{2β} I + γ γᵀ) ∇γ. (), (d,) -> (d, d). As ordinary_preconditioner, with Jacobian [γ, e^β I].
-    Speed e^{2β} across α and e^{2β} (1 + |α|²) along it: the ratio does not depend on β, unlike in OR."""
-    gamma = exponential_reparam(beta, alpha)
-    return (2 * beta).exp() * torch.eye(len(alpha), dtype=alpha.dtype) + torch.outer(gamma, gamma)
-
-
-def balance_under_decay(start, decay, t):
-    """γ_j² - |w_j|² = start · e^{-2λt} when both decay at λ (dθ/dt = -∂L/∂θ - λθ): decay balances the pair. Our derivation: decay
-    adds -2λγ_j² and -2λ|w_j|² to the two equal rates of `conserved`."""
-    return start * torch.exp(torch.as_tensor(-2.0 * decay * t, dtype=torch.float64))
-
-
-def sharpness_on_symmetry(A, B, c):
-    """Trace of the Hessian at (cγ, W/c): c² A + B / c², where A and B are its traces over W and over γ at c = 1. Our derivation: the
-    function does not change, and L's second derivatives are γ_j² ∂²L/∂W̃_ij² in W and w_jᵀ (∂²L/∂w̃_j²) w_j in γ (W̃ is linear
-    in each, so there is no other term on the diagonal). So a γ that grows without bound is sharpness without bound, and
-    decay on an Input-Norm's γ, which the next matrix can make up for, holds it down. That it helps is the paper's claim."""
-    return c ** 2 * A + B / c ** 2
-
-
-def output_norm_under_decay(target, curvature, decay):
-    """(γ, excess loss) where the flow on L = Σ ½ a_i (γ_i - γ*_i)² with decay λ comes to rest: γ = γ* a/(a+λ), and the loss is
-    Σ ½ a (γ* λ/(a+λ))² above its minimum. target γ* (d,), curvature a (d,) -> (d,), (). The paper's claim: decay hurts an
-    Output-Norm. Our derivation of why: the scale of γ ⊙ Norm(z) is γ alone, so no weight can undo the decay. For the same
-    target on an Input-Norm, γ may decay as it likes: W grows, and the loss goes to its minimum (figure 4)."""
-    gamma = target * curvature / (curvature + decay)
-    return gamma, (0.5 * curvature * (target * decay / (curvature + decay)) ** 2).sum()
+def outer(a, b):
+    """a bᵀ. (..., n), (..., k) -> (..., n, k)."""
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# gradient flow
+# Setting 2.1, and gradient flow by numerical integration
+
+def teacher_loss(effective, target):
+    """L = ½‖W̃ - W*‖_F² (setting 2.1). (..., m, d) twice -> (...): leading dimensions are independent problems."""
+    return 0.5 * (effective - target).square().sum((-2, -1))
+
+
+STUDENTS = {  # how each student of the theorems writes W̃: parameters -> (..., m, d)
+    "none": lambda W: W,
+    "standard": lambda W, v: scale_weight(W, v),
+    "dual": lambda W, v, u: scale_weight(W, v, u),
+    "original": lambda W, beta, alpha: scale_weight(W, original_reparam(beta, alpha))}
+
+
+def start(student, target):
+    """The theorems' start: W = 0, γ = 1 however it is written. target (..., m, d) -> the parameters that STUDENTS[student] takes."""
+    one = torch.ones_like(target)
+    v, u, beta = one[..., 0, :], one[..., :, 0], one[..., 0, :1]
+    return [torch.zeros_like(target), *{"none": [], "standard": [v], "dual": [v, u], "original": [beta, v]}[student]]
+
 
 def gradients(loss, params):
+    """[∂loss/∂p for p in params] by autograd. Losses of independent problems, (...), are differentiated each by its own."""
     params = [p.detach().requires_grad_() for p in params]
-    return torch.autograd.grad(loss(*params), params)
+    return torch.autograd.grad(loss(*params).sum(), params)
 
 
 def gradient_flow(loss, params, time_end, steps, decays=None):
@@ -154,238 +73,244 @@ def gradient_flow(loss, params, time_end, steps, decays=None):
     return path
 
 
-def hessian_trace(loss, params):
-    """Sum of all second derivatives on the diagonal, by autograd. For small problems."""
-    shapes, flat = [p.shape for p in params], torch.cat([p.reshape(-1) for p in params])
+# ---------------------------------------------------------------------------------------------------------------------
+# Theorem 2.2: with γ the loss is lower, at every t > 0
 
-    def of_flat(vector):
-        parts = vector.split([s.numel() for s in shapes])
-        return loss(*(part.view(s) for part, s in zip(parts, shapes)))
-    return torch.autograd.functional.hessian(of_flat, flat).trace()
-
-
-def regression(m=6, d=8, condition=1000.0, seed=0):
-    """(loss of W̃, W*, start W): ½ E|W̃ x̂ - W* x̂|² with independent inputs of variances from 1 down to 1/condition, and a target whose
-    columns are the larger the rarer the input, so that every feature matters. All float64."""
-    generator = torch.Generator().manual_seed(seed)
-    variance = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), d, dtype=torch.float64)
-    target = torch.randn(m, d, generator=generator, dtype=torch.float64) / variance.sqrt()
-    start = 0.3 * torch.randn(m, d, generator=generator, dtype=torch.float64)
-    return lambda W: 0.5 * ((W - target).square() * variance).sum(), target, start
+def preconditioner(w, gamma):
+    """P_j = γ_j² I + w_j w_jᵀ: gradient flow on (W, γ) moves the effective column w̃_j = γ_j w_j by -P_j G_j, in the setting by
+    P_j (w*_j - w̃_j). Without γ, P = I. Paper, theorem 2.2: a self-amplifying preconditioner. w (m,), gamma () -> (m, m).
+    Because ∂L/∂w_j = γ_j G_j, ∂L/∂γ_j = <w_j, G_j> and dw̃_j = γ_j dw_j + w_j dγ_j."""
+    return gamma ** 2 * torch.eye(len(w), dtype=w.dtype) + outer(w, w)
 
 
-WRITTEN = {  # the three ways to write W̃, each from the same W̃ at the start
-    "no scale vector": (lambda W: W, lambda W: [W]),
-    "input side (baseline)": (scale_weight, lambda W: [W, torch.ones(W.size(1), dtype=W.dtype)]),
-    "both sides (DP)": (scale_weight, lambda W: [W, torch.ones(W.size(1), dtype=W.dtype), torch.ones(W.size(0), dtype=W.dtype)])}
+def effective_velocity(W, gamma, G):
+    """dW̃/dt = -[γ_j² G_j + w_j <w_j, G_j>]_j: -P_j G_j for all columns at once. Paper, theorem 2.2.
+    W (m, d), gamma (d,), G (m, d) -> (m, d)."""
+    return -(gamma ** 2 * G + W * (W * G).sum(-2))
+
+
+def column_invariant(W, gamma):
+    """γ_j² - ‖w_j‖², which gradient flow on (W, γ) conserves. Paper, theorem 2.2: from its start it is 1, so γ_j² ≥ 1, P_j ⪰ I, and
+    the more a column has grown, the faster it moves. (..., m, d), (..., d) -> (..., d)."""
+    return gamma ** 2 - W.square().sum(-2)
+
+
+def descent_rate_none(G):
+    """dL/dt = -‖G‖² without scale vectors. (..., m, d) -> (...)."""
+    return -G.square().sum((-2, -1))
+
+
+def descent_rate_standard(W, v, G):
+    """dL/dt = -Σ_j [γ_j² ‖G_j‖² + <w_j, G_j>²] for W̃ = W diag(v): minus the squared gradient. Paper, theorem 2.2.
+    (..., m, d), (..., d), (..., m, d) -> (...)."""
+    return -(v ** 2 * G.square().sum(-2) + (W * G).sum(-2).square()).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the figures
+# Section 3.1: heterogeneity. The paper gives no theorem for HG; these rates are ours
 
-def figure_placement(plt):
-    """1: loss against time for no, single and dual scale vectors."""
-    loss, _, start = regression()
-    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    for name, (write, params) in WRITTEN.items():
-        path = gradient_flow(lambda *p, write=write: loss(write(*p)), params(start), time_end=8.0, steps=800)
-        axis.semilogy([t for t, _ in path], [loss(write(*p)).item() for _, p in path], label=name)
-    axis.set(xlabel="time", ylabel="loss", title="Gradient flow on one ill-conditioned regression (condition 1000)")
-    axis.legend()
-    return figure
+def descent_rate_shared(weights, gamma, grads):
+    """dL/dt = -Σ_j [γ_j² Σ_b ‖G_j^b‖² + (Σ_b <w_j^b, G_j^b>)²] with one γ for all branches b: γ's gradient is the sum over them.
+    Ours. [(m_b, d)], (d,), [(m_b, d)] -> ()."""
+    return descent_rate_standard(torch.cat(weights), gamma, torch.cat(grads))
 
 
-def figure_hyperbola(plt):
-    """2: γ_j against |w_j| while they grow together."""
-    loss, _, start = regression()
-    path = gradient_flow(lambda W, v: loss(scale_weight(W, v)), [start, torch.ones(start.size(1), dtype=start.dtype)], 8.0, 800)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for j in range(start.size(1)):
-        norms, gammas = [p[0][:, j].norm().item() for _, p in path], [p[1][j].item() for _, p in path]
-        left.plot(norms, gammas, color=plt.cm.viridis(j / start.size(1)))
-        invariant = conserved(start, torch.ones(start.size(1), dtype=start.dtype))[j].item()
-        ends = torch.linspace(0.3, max(norms) * 1.1, 100).square() + invariant
-        left.plot(torch.linspace(0.3, max(norms) * 1.1, 100), ends.clamp(min=0).sqrt(), ":", color="gray", linewidth=0.7)
-        speed = [gammas[i] ** 2 + norms[i] ** 2 for i in range(len(path))]
-        right.semilogy([t for t, _ in path], speed, color=plt.cm.viridis(j / start.size(1)))
-    left.set(xlabel="$\\|w_j\\|$", ylabel="$\\gamma_j$", title="Each feature moves on its hyperbola (dotted)")
-    right.set(xlabel="time", ylabel="largest eigenvalue of $P_j$", title="Self-amplification; bright: rare inputs")
-    return figure
+def descent_rate_heterogeneous(weights, gammas, grads):
+    """dL/dt = -Σ_b Σ_j [(γ_j^b)² ‖G_j^b‖² + <w_j^b, G_j^b>²]: HG, a γ for each branch. Ours. From the same point it is the shared rate
+    with Σ_b <·>² in place of (Σ_b <·>)²: sharing is faster where the branches agree on which features to turn up, separate
+    vectors where they conflict. Neither dominates. [(m_b, d)], [(d,)], [(m_b, d)] -> ()."""
+    return sum(descent_rate_standard(W, gamma, G) for W, gamma, G in zip(weights, gammas, grads))
 
 
-def figure_sharpness(plt):
-    """3: sharpness with and without weight decay on an Input-Norm's γ (and its matrix)."""
-    loss, _, start = regression(m=3, d=4, condition=10.0)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for decay, color in ((0.0, "C3"), (0.02, "C1"), (0.1, "C0")):
-        def both(W, v):
-            return loss(scale_weight(W, v))
-        path = gradient_flow(both, [start / 6, 6 * torch.ones(4, dtype=start.dtype)], 20.0, 2000, [decay, decay])[::20]
-        label = f"decay {decay:g}"
-        left.semilogy([t for t, _ in path], [hessian_trace(both, p).item() for _, p in path], color=color, label=label)
-        balance = [conserved(*p).mean().item() for _, p in path]
-        right.semilogy([t for t, _ in path], balance, color=color, label=label)
-        expected = [balance_under_decay(balance[0], decay, t).item() for t, _ in path]
-        right.semilogy([t for t, _ in path], expected, ":", color="black", linewidth=1)
-    left.set(xlabel="time", ylabel="trace of the Hessian", title="Sharpness, from a start at γ = 6")
-    right.set(xlabel="time", ylabel="mean of $\\gamma_j^2 - \\|w_j\\|^2$", title="Balance; dotted: the formula")
-    left.legend()
-    return figure
+# ---------------------------------------------------------------------------------------------------------------------
+# Theorems 3.1 and D.1: DP against the standard form
+
+def effective_velocity_dual(W, u, v, G):
+    """dW̃/dt for W̃ = diag(u) W diag(v): -[u_i² v_j² G_ij + W_ij v_j row_i + W_ij u_i col_j], row_i = Σ_j W_ij v_j G_ij = ∂L/∂u_i and
+    col_j = Σ_i W_ij u_i G_ij = ∂L/∂v_j. Paper, section 3.2: amplified along rows and along columns.
+    W (m, d), u (m,), v (d,), G (m, d) -> (m, d)."""
+    row, col = (W * v * G).sum(-1), (W * u.unsqueeze(-1) * G).sum(-2)
+    return -(outer(u, v).square() * G + W * outer(row, v) + W * outer(u, col))
 
 
-def figure_output_norm(plt):
-    """4: the same target scale on an Output-Norm and on an Input-Norm, γ decayed in both."""
-    target, curvature = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    one = torch.ones(3, dtype=torch.float64)
-
-    def output(gamma):
-        return 0.5 * (curvature * (gamma - target).square()).sum()
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for decay, color in ((0.0, "C7"), (0.05, "C1"), (0.2, "C3")):
-        path = gradient_flow(output, [one], 40.0, 400, [decay])
-        both = gradient_flow(lambda gamma, w: output(gamma * w), [one, one], 40.0, 400, [decay, 0.0])
-        times = [t for t, _ in path]
-        for i in range(3):
-            axes[0].plot(times, [p[0][i] for _, p in path], color=color, label=f"decay {decay:g}" if i == 0 else None)
-        axes[1].plot(times, [output(p[0]).item() for _, p in path], color=color)
-        axes[1].axhline(output_norm_under_decay(target, curvature, decay)[1].item(), color="black", linestyle=":", linewidth=1)
-        axes[2].plot(times, [output(p[0] * p[1]).item() for _, p in both], color=color)
-    for t in target:
-        axes[0].axhline(t, color="black", linestyle="--", linewidth=0.7)
-    axes[0].set(xlabel="time", ylabel="γ", title="Output-Norm: γ and its targets (dashed)")
-    axes[1].set(xlabel="time", ylabel="loss", ylim=(0, 0.3), title="the loss this costs (dotted: the formula)")
-    axes[2].set(xlabel="time", ylabel="loss", ylim=(0, 0.3), title="Input-Norm: the next weight makes up for it")
-    axes[0].legend()
-    return figure
+def descent_rate_dual(W, u, v, G):
+    """dL/dt = -Σ_ij u_i² v_j² G_ij² - Σ_i (Σ_j W_ij v_j G_ij)² - Σ_j (Σ_i W_ij u_i G_ij)² for DP: minus the squared gradients of W, u
+    and v. Paper, proof of D.1. (..., m, d), (..., m), (..., d), (..., m, d) -> (...)."""
+    row, col = (W * v.unsqueeze(-2) * G).sum(-1), (W * u.unsqueeze(-1) * G).sum(-2)
+    return -((outer(u, v) * G).square().sum((-2, -1)) + row.square().sum(-1) + col.square().sum(-1))
 
 
-def sharing_problem(conflict, seed=0):
-    """(loss of W̃_1 and W̃_2, start): two branches read the same features. Branch 1 must double half of them and halve the others.
-    Branch 2 must do the same (they agree) or the opposite (they conflict)."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = [torch.randn(3, 8, generator=generator, dtype=torch.float64) / 2 for _ in range(2)]
-    factor = torch.tensor([2.0] * 4 + [0.5] * 4, dtype=torch.float64)
-    targets = [starts[0] * factor, starts[1] * (factor.flip(0) if conflict else factor)]
-    return lambda a, b: 0.5 * ((a - targets[0]).square().sum() + (b - targets[1]).square().sum()), starts
+def dual_advantage(W, u, v, G):
+    """dL_f/dt - dL_φ/dt = Σ_ij (u_i² - 1) v_j² G_ij² + Σ_i (Σ_j W_ij v_j G_ij)²: how much faster DP descends than the standard form
+    with the same W̃ and the same v (there the weight is diag(u) W). Paper, proof of D.1 (i): ≥ 0 because u_i² ≥ 1 along the
+    flow (row_invariant). At a state off that flow with u_i² < 1 it can be negative. Shapes as descent_rate_dual."""
+    row = (W * v.unsqueeze(-2) * G).sum(-1)
+    return ((u ** 2 - 1) * (v.unsqueeze(-2) * G).square().sum(-1) + row.square()).sum(-1)
 
 
-def figure_heterogeneity(plt):
-    """5: a case where sharing wins and one where heterogeneity wins."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    one = torch.ones(8, dtype=torch.float64)
-    for axis, conflict in zip(axes, (False, True)):
-        loss, (a, b) = sharing_problem(conflict)
-        shared = gradient_flow(lambda A, B, v, loss=loss: loss(A * v, B * v), [a, b, one], 2.0, 200)
-        own = gradient_flow(lambda A, B, v, w, loss=loss: loss(A * v, B * w), [a, b, one, one], 2.0, 200)
-        axis.semilogy([t for t, _ in shared], [loss(A * v, B * v).item() for _, (A, B, v) in shared], label="one shared γ")
-        axis.semilogy([t for t, _ in own], [loss(A * v, B * w).item() for _, (A, B, v, w) in own], label="a γ each (HG)")
-        axis.set(xlabel="time", ylabel="loss", title="the branches " + ("conflict" if conflict else "agree"))
-        axis.legend()
-    return figure
+def row_invariant(W, u):
+    """u_i² - ‖W_i:‖², which gradient flow on DP conserves: 1 from the stated start. Paper, proof of D.1.
+    (..., m, d), (..., m) -> (..., m)."""
+    return u ** 2 - W.square().sum(-1)
 
 
-def figure_reparam(plt):
-    """6: how fast γ moves, for a unit gradient in each direction, under OR and ER."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
-    angle = torch.linspace(0, 2 * torch.pi, 200, dtype=torch.float64)
-    circle, alpha = torch.stack((angle.cos(), angle.sin())), torch.tensor([0.9, 0.5], dtype=torch.float64)
-    cases = ((axes[0], ordinary_preconditioner, ordinary_reparam, (0.5, 1.0, 1.5), "OR: γ = β α"),
-             (axes[1], exponential_preconditioner, exponential_reparam, (-0.7, 0.0, 0.4), "ER: γ = e^β α"))
-    for axis, precondition, reparam, betas, title in cases:
-        for color, beta in enumerate(betas):
-            beta = torch.tensor(beta, dtype=torch.float64)
-            moved = precondition(beta, alpha) @ circle
-            axis.plot(*moved, color=f"C{color}", label=f"β = {beta:g}, |γ| = {reparam(beta, alpha).norm():.2f}")
-        axis.plot(*circle, ":", color="gray", label="γ itself")
-        axis.annotate("", 2 * alpha.numpy(), (0, 0), arrowprops={"arrowstyle": "->"})
-        axis.set(title=title + " (arrow: α)", aspect="equal", xlim=(-4.2, 4.2), ylim=(-4.2, 4.2))
-        axis.legend(fontsize=7, loc="lower right")
-    return figure
+def dual_law(target, t):
+    """L_φ - L_f = -(2/3) t³ Σ_i ‖W*_i:‖⁴ + O(t⁴), rows of W*: DP minus standard, both from the stated start. Paper, D.1 (ii).
+    D.1 (iii): if W* has at most one nonzero in each row and column, the difference is negative for all t > 0.
+    target (..., m, d), t -> (...)."""
+    return -2 / 3 * t ** 3 * target.square().sum(-1).square().sum(-1)
 
 
-def adamw_path(loss, params, lr, steps, weight_decay=0.0):
-    """[params] after 0 ... steps updates of torch.optim.AdamW (β = 0.9, 0.95), the learning rate falling linearly to 0."""
-    params = [p.clone().requires_grad_() for p in params]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-    path = [[p.detach().clone() for p in params]]
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        optimizer.zero_grad()
-        loss(*params).backward()
-        optimizer.step()
-        path.append([p.detach().clone() for p in params])
-    return path
+# ---------------------------------------------------------------------------------------------------------------------
+# Theorems 3.2 and D.2: OR against the standard form; ER
+
+def original_preconditioner(beta, alpha):
+    """OR: γ = β Norm(α) moves by -P ∇γ, P = d γ̂γ̂ᵀ + ρ (I - γ̂γ̂ᵀ), γ̂ = γ/‖γ‖, ρ = β² d/‖α‖². Paper, theorem 3.2. The gradient of α is
+    orthogonal to α, so gradient flow keeps ‖α‖; from the stated start ‖α‖² = d and ρ = β² ≥ 1 (magnitude_invariant).
+    beta (1,), alpha (d,) -> (d, d). In units of the plain form's P = I: speed d along γ, ρ across it."""
+    d, along = len(alpha), outer(alpha, alpha) / alpha.square().sum()
+    rho = beta ** 2 * d / alpha.square().sum()
+    return d * along + rho * (torch.eye(d, dtype=alpha.dtype) - along)
 
 
-@functools.cache
-def adamw_measurements(seeds=range(5), lrs=(0.1, 0.2, 0.4, 0.8, 1.6), steps=200):
-    """Figure 1's problem under AdamW: {way of writing W̃: [best final loss over lrs, for each seed]}, and, for the input side at lr 0.1,
-    the drift of the conserved quantity as a share of γ² + |w|² at the end, for each seed."""
-    finals, drift = {name: [] for name in WRITTEN}, []
-    for seed in seeds:
-        loss, _, start = regression(seed=seed)
-        for name, (write, params) in WRITTEN.items():
-            def of(*p, write=write, loss=loss):
-                return loss(write(*p))
-            finals[name].append(min(of(*adamw_path(of, params(start), lr, steps)[-1]).item() for lr in lrs))
-            if name.startswith("input"):
-                (W0, v0), (W, v) = (path := adamw_path(of, params(start), lrs[0], steps))[0], path[-1]
-                drift.append(((conserved(W, v) - conserved(W0, v0)).abs() / (v ** 2 + W.square().sum(0))).mean().item())
-    return finals, drift
+def exponential_preconditioner(beta, alpha):
+    """ER: γ = e^β e^(α - mean(α)) moves by -P ∇γ, P = γγᵀ + D (I - 11ᵀ/d) D, D = diag(γ). Ours: ∂γ/∂β = γ, ∂γ/∂α = D (I - 11ᵀ/d).
+    At γ = 1 it is I + (1 - 1/d) 11ᵀ, with largest eigenvalue d, as OR's. beta (1,), alpha (d,) -> (d, d)."""
+    gamma = exponential_reparam(beta, alpha)
+    return torch.diag(gamma ** 2) + (1 - 1 / len(gamma)) * outer(gamma, gamma)
 
 
-def figure_adamw(plt):
-    """7: the problems of figures 1 and 4 under AdamW."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    loss, _, start = regression()
-    for color, (name, (write, params)) in enumerate(WRITTEN.items()):
-        for lr, style in ((0.1, ":"), (0.4, "-")):
-            path = adamw_path(lambda *p, write=write: loss(write(*p)), params(start), lr, 200)
-            axes[0].semilogy([loss(write(*p)).item() for p in path], style, color=f"C{color}", label=f"{name}, lr {lr:g}")
-    axes[0].set(xlabel="step", ylabel="loss", title="figure 1's problem under AdamW")
-    axes[0].legend(fontsize=7)
-    finals, _ = adamw_measurements()
-    for i, values in enumerate(finals.values()):
-        axes[1].semilogy([i] * len(values), values, "o", color=f"C{i}")
-    axes[1].set_xticks(range(3), ["none", "input", "dual"])
-    axes[1].set(ylabel="final loss", title="best of five learning rates, five seeds")
-    target = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)
-    for decay, color in ((0.0, "C7"), (0.1, "C1"), (0.5, "C3")):
-        def output(gamma):
-            return 0.5 * (gamma - target).square().sum()
-        path = adamw_path(output, [torch.ones(3, dtype=torch.float64)], 0.05, 400, decay)
-        axes[2].plot([output(p[0]).item() for p in path], color=color, label=f"decay {decay:g}")
-    axes[2].set(xlabel="step", ylabel="loss", ylim=(0, 0.6), title="figure 4's Output-Norm under AdamW")
-    axes[2].legend()
-    return figure
+def original_advantage(beta, alpha, grad):
+    """dL_f/dt - dL_ψ/dt = (d - 1) <γ̂, ∇γ>² + (ρ - 1) ‖∇γ - γ̂ <γ̂, ∇γ>‖²: how much faster OR descends than the standard form at the
+    same W and γ; grad (..., d) is ∇γ = ∂L/∂γ. Paper, proof of D.2 (i): ≥ 0 because ρ ≥ 1 along the flow. At a state off that
+    flow with ρ < 1, β² d < ‖α‖², it can be negative. beta (..., 1), alpha (..., d) -> (...)."""
+    d, direction = alpha.size(-1), alpha / alpha.norm(dim=-1, keepdim=True)
+    along = (direction * grad).sum(-1, keepdim=True)
+    rho = beta.squeeze(-1) ** 2 * d / alpha.square().sum(-1)
+    return (d - 1) * along.squeeze(-1) ** 2 + (rho - 1) * (grad - along * direction).square().sum(-1)
 
 
-FIGURES = {"1_placement": figure_placement, "2_hyperbola": figure_hyperbola, "3_sharpness": figure_sharpness,
-           "4_output_norm": figure_output_norm, "5_heterogeneity": figure_heterogeneity, "6_reparam": figure_reparam,
-           "7_adamw": figure_adamw}
+def magnitude_invariant(W, beta):
+    """β² - ‖W‖_F², which gradient flow on OR conserves: 1 from the stated start. Paper, proof of D.2. (..., m, d), (..., 1) -> (...)."""
+    return beta.squeeze(-1) ** 2 - W.square().sum((-2, -1))
 
 
-def main(folder="figures"):
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("error: the figures need matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    plt.rcParams.update({"figure.dpi": 100, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3})
-    Path(folder).mkdir(exist_ok=True)
-    started = time.time()
-    for name, draw in FIGURES.items():
-        path = Path(folder) / f"theory_{name}.png"
-        draw(plt).savefig(path)
-        plt.close("all")
-        print(f"{path}  {draw.__doc__}  ({time.time() - started:.0f} s)", flush=True)
-    finals, drift = adamw_measurements()
-    print("under AdamW, final loss on figure 1's problem, best of five learning rates, mean over five seeds:")
-    for name, values in finals.items():
-        print(f"  {name:<24} {sum(values) / len(values):.3g}   each: {', '.join(f'{v:.2g}' for v in values)}")
-    print(f"  the quantity that gradient flow conserves moved by {sum(drift) / len(drift):.0%} of γ² + |w|² on average")
+def original_law(target, t):
+    """L_ψ - L_f = -(2/3) (1 - 1/d) ‖W*‖_F⁴ t³ + O(t⁴): OR minus standard, both from the stated start. Paper, D.2 (ii), d > 1.
+    D.2 (iii): if the columns of W* have equal norm, the difference is negative for all t > 0. target (..., m, d), t -> (...)."""
+    return -2 / 3 * (1 - 1 / target.size(-1)) * t ** 3 * target.square().sum((-2, -1)).square()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:2])
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 3.4: every row of table 1 is a preconditioner P = J Jᵀ
+
+def induced_preconditioner(form, params):
+    """P = J Jᵀ with J = ∂p/∂q for p = form(*params): gradient flow on q moves p by -P ∂L/∂p (eq. 12). By autograd, exactly.
+    Returns (n, n), n the number of entries of p, in the order of p.flatten()."""
+    jacobians = torch.autograd.functional.jacobian(form, tuple(params))
+    n = form(*params).numel()
+    return sum(J.reshape(n, -1) @ J.reshape(n, -1).T for J in jacobians)
+
+
+TABLE_1 = {  # W̃ of two branches, stacked in rows: (W (2, m, d), the row's scale parameters) -> (2, m, d)
+    "standard": lambda W, gamma: scale_weight(W, gamma),
+    "HG": lambda W, gammas: scale_weight(W, gammas),
+    "AP": lambda W, u: scale_weight(W, u=u),
+    "DP": lambda W, v, u: scale_weight(W, v, u),
+    "OR": lambda W, beta, alpha: scale_weight(W, original_reparam(beta, alpha)),
+    "ER": lambda W, beta, alpha: scale_weight(W, exponential_reparam(beta, alpha))}
+
+
+def table_preconditioner(W, v, u, P_v=None, P_u=None):
+    """P on the entries of W̃ = W ⊙ (u vᵀ) from the P's of its two vectors:
+
+        P_(ij),(kl) = u_i² v_j² [ij = kl] + (u W)_ij (P_v)_jl (u W)_kl + (W v)_ij (P_u)_ik (W v)_kl
+
+    Ours: the product rule in eq. 12. P_v: I for a trained vector, OR's or ER's P, None for one that is not there. It reads: a
+    vector couples entries that it scales together, as far as its own P couples it. Standard couples a column, over all branches;
+    HG a column within a branch; AP a row; OR and ER every entry. W (m, d), v (d,), u (m,) -> (m d, m d)."""
+    P = torch.diag(outer(u, v).square().flatten())
+    m, d = W.shape
+    if P_v is not None:
+        uW = scale_weight(W, u=u)
+        P = P + torch.einsum("ij,jl,kl->ijkl", uW, P_v, uW).reshape(m * d, m * d)
+    if P_u is not None:
+        Wv = scale_weight(W, v)
+        P = P + torch.einsum("ij,ik,kl->ijkl", Wv, P_u, Wv).reshape(m * d, m * d)
+    return P
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Theorems 2.3 and C.1: weight decay on an Input-Norm's γ bounds its length and the sharpness
+
+def hessian_block(w, gamma, target):
+    """[[γ², 2γw - w*], [2γw - w*, w²]]: the Hessian over (w_i, γ_i) of ½(γ_i w_i - w*_i)², a coordinate of the loss. Coordinates do
+    not mix, so the whole Hessian is these blocks. Paper, eq. 20. (...) three times -> (..., 2, 2)."""
+    mixed = 2 * gamma * w - target
+    return torch.stack((torch.stack((gamma ** 2, mixed), -1), torch.stack((mixed, w ** 2), -1)), -2)
+
+
+def hessian_eigenvalues(w, gamma, target):
+    """λ± = ½ (γ² + w² ± √((γ² - w²)² + 4 (2γw - w*)²)). Paper, eq. 21. (...) three times -> λ- (...), λ+ (...)."""
+    trace = gamma ** 2 + w ** 2
+    root = ((gamma ** 2 - w ** 2) ** 2 + 4 * (2 * gamma * w - target) ** 2).sqrt()
+    return (trace - root) / 2, (trace + root) / 2
+
+
+def sharpness(w, gamma, target):
+    """(λ_max, trace, Frobenius norm) of the Hessian: max_i λ+, ‖γ‖² + ‖w‖², √Σ (γ⁴ + w⁴ + 2(2γw - w*)²). Paper, eqs. 22-24.
+    (..., d) three times -> (...) three times."""
+    squares = gamma ** 4 + w ** 4 + 2 * (2 * gamma * w - target) ** 2
+    return (hessian_eigenvalues(w, gamma, target)[1].amax(-1), (gamma ** 2 + w ** 2).sum(-1), squares.sum(-1).sqrt())
+
+
+def simulate_sde(w, gamma, target, decay_w, decay_gamma, noise, time_end, steps, every, seed=0):
+    """SGD in continuous time, dw = -(γ g + λ w) dt + √q dB, dγ = -(w g + μ γ) dt + √q dB', g = γ w - w* (paper, eqs. 17-18), by
+    Euler-Maruyama. w, gamma (paths, d), target (d,), noise q. Yields (t, w, gamma) at t = 0 and after each `every` steps.
+    The step h must keep h γ² well below 2, or Euler's method, not the equation, blows up."""
+    generator, h = torch.Generator().manual_seed(seed), time_end / steps
+    yield 0.0, w, gamma
+    for step in range(1, steps + 1):
+        g = gamma * w - target
+        kick = (noise * h) ** 0.5 * torch.randn((2, *w.shape), generator=generator, dtype=w.dtype)
+        w, gamma = w - h * (gamma * g + decay_w * w) + kick[0], gamma - h * (w * g + decay_gamma * gamma) + kick[1]
+        if step % every == 0:
+            yield step * h, w, gamma
+
+
+def squared_norm_bound(start, target, decay, noise, t):
+    """E‖γ_t‖² ≤ e^(-2μt) E‖γ_0‖² + (d q + ½‖w*‖²) (1 - e^(-2μt)) / (2μ), and the same for w with λ. Paper, eqs. 28, 30; decay > 0.
+    With μ = 0 nothing bounds it: d/dt E[γ_i² - w_i²] = 2λ E[w_i²] > 0 (eq. 25). start: E‖γ_0‖², target (d,) -> float."""
+    left = 2.718281828459045 ** (-2 * decay * t)
+    return left * start + (target.numel() * noise + 0.5 * target.square().sum().item()) * (1 - left) / (2 * decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weight decay, besides the theorem. All ours
+
+def balance_under_decay(start, decay, t):
+    """γ_j² - ‖w_j‖² = start e^(-2λt) when both decay at λ: the pair becomes balanced. Ours: decay adds -2λγ_j² and -2λ‖w_j‖² to two
+    equal rates; C.1's eq. 25 without noise and with μ = λ. start (d,), t -> (d,)."""
+    return start * torch.exp(torch.as_tensor(-2.0 * decay * t, dtype=torch.float64))
+
+
+def direction_under_decay(alpha, decay, t):
+    """‖α(t)‖² = ‖α(0)‖² e^(-2λt) under OR when α decays at λ. Ours: Norm(cα) = Norm(α), so ∇α is orthogonal to α and only decay
+    changes its length. γ does not feel that length; the speed of its direction does, ρ = β² d/‖α‖² grows by e^(2λt). Decay on α
+    is a learning-rate schedule for the direction, decay on β is decay of the magnitude. (d,) -> ()."""
+    return alpha.square().sum() * torch.exp(torch.as_tensor(-2.0 * decay * t, dtype=torch.float64))
+
+
+def output_norm_under_decay(target, curvature, decay):
+    """(γ, excess loss) where gradient flow on Σ ½ a_i (γ_i - γ*_i)² with decay λ rests: γ = γ* a/(a + λ), at Σ ½ a (γ* λ/(a + λ))² above
+    the minimum. Ours, for the paper's claim (section 2.2) that decay hurts an Output-Norm: the scale of γ ⊙ Norm(z) is γ alone,
+    no weight can undo its decay. Of an Input-Norm γ may decay as it likes: W grows instead. (d,), (d,) -> (d,), ()."""
+    gamma = target * curvature / (curvature + decay)
+    return gamma, (0.5 * curvature * (target * decay / (curvature + decay)) ** 2).sum()
+
+
+def adamw_output_norm_limit(target, decay):
+    """|γ| ≤ 1/λ: where AdamW holds an Output-Norm's γ that wants to be at γ* beyond it, min(|γ*|, 1/λ) sign(γ*). Ours: Adam's update
+    is at most about one learning rate whatever the gradient (exactly 1 for a constant one), decay's is λγ learning rates, and the
+    two balance at λγ = 1. Below 1/λ the gradient wins and decay costs next to nothing. target (d,) -> (d,)."""
+    return target.sign() * target.abs().clamp(max=1 / decay)

@@ -1,0 +1,326 @@
+"""
+Draws what theory.py states, on small problems integrated numerically, a minute on one CPU core.
+
+  python -m tools.theory_figures          writes figures/theory_*.png; another folder can be named after it
+
+docs/theory.md says what each figure shows. The same command draws the same files: every random number has a seed.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import theory
+from norms import exponential_reparam, original_reparam
+from theory import STUDENTS, gradient_flow, start, teacher_loss
+
+GREY, BLUE, ORANGE, GREEN, RED = "#777777", "#1f77b4", "#e6750a", "#2a9d4a", "#c22f2f"
+COLORS = {"none": GREY, "standard": BLUE, "dual": ORANGE, "original": ORANGE}
+SYMBOLS = {"dual": r"\varphi", "original": r"\psi"}
+COUNTEREXAMPLES = {"dual": [[4.0], [0.4]], "original": [[5.0, 0.02]]}  # teachers without (iii)'s condition: the standard form overtakes
+NAMES = {"none": "no scale vector", "standard": "standard form f", "dual": "DP φ", "original": "OR ψ"}
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def grid(plt, rows, columns, height):
+    return plt.subplots(rows, columns, figsize=(8, height), layout="constrained", squeeze=False)
+
+
+def finish(axis, title, x, y, columns=1, **kwargs):
+    """Titles, and the legend below the axes, where it covers nothing."""
+    axis.set(title=title, xlabel=x, ylabel=y, **kwargs)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=columns, frameon=False)
+
+
+def student_flow(student, target, time_end, steps):
+    """(times, losses, path) of gradient flow in the setting of the theorems."""
+    def loss(*params):
+        return teacher_loss(STUDENTS[student](*params), target)
+    path = gradient_flow(loss, start(student, target), time_end, steps)
+    return [t for t, _ in path], torch.stack([loss(*p) for _, p in path]), [p for _, p in path]
+
+
+def figure_2_2(plt):
+    """Theorem 2.2: the loss with and without a scale vector, and the hyperbola on which each column moves."""
+    target = random(4, 6) * torch.tensor([0.1, 0.3, 0.5, 0.8, 1.1, 1.5], dtype=torch.float64)
+    figure, ((left, right),) = grid(plt, 1, 2, 3.6)
+    for student in ("none", "standard"):
+        times, losses, path = student_flow(student, target, 4.0, 400)
+        left.semilogy(times, losses, color=COLORS[student], label=NAMES[student])
+    finish(left, "Theorem 2.2: lower at every t > 0", "time t of gradient flow", "loss L(t)", ylim=(1e-4, 20))
+    x = torch.linspace(0, 1.05 * max(p[0].norm(dim=-2).max().item() for p in path), 200)
+    right.plot(x, (1 + x ** 2).sqrt(), ":", color="black", label=r"$\gamma_j^2-\|w_j\|^2=1$")
+    for j in range(target.size(1)):
+        length, gamma = path[-1][0][:, j].norm(), path[-1][1][j]
+        right.plot([p[0][:, j].norm() for p in path], [p[1][j] for p in path], color=BLUE, linewidth=3, alpha=0.35)
+        right.plot(length, gamma, "o", color=BLUE, label="columns j at t = 4" if j == 0 else None)
+    finish(right, "The invariant: γ grows with its column", r"$\|w_j\|$", r"$\gamma_j$", columns=2)
+    return figure
+
+
+def figure_2_3(plt):
+    """Theorem 2.3 / C.1: the stochastic flow with and without decay μ on γ, means over 1,000 paths."""
+    target, paths, decay, noise = torch.ones(4, dtype=torch.float64), 1000, 0.1, 0.1
+    figure, ((left, middle, right),) = grid(plt, 1, 3, 3.3)
+    for mu, color in ((0.0, RED), (0.02, GREEN), (0.1, BLUE)):
+        begin = torch.zeros(paths, 4, dtype=torch.float64), torch.ones(paths, 4, dtype=torch.float64)
+        times, norms, spectra = [], [], []
+        for t, w, gamma in theory.simulate_sde(*begin, target, decay, mu, noise, 100.0, 20000, 200):
+            times.append(t)
+            norms.append(gamma.square().sum(-1).mean())
+            spectra.append([metric.mean() for metric in theory.sharpness(w, gamma, target)])
+        left.plot(times, norms, color=color)
+        if mu:
+            left.plot(times, [theory.squared_norm_bound(4.0, target, mu, noise, t) for t in times], ":", color=color)
+        middle.plot(times, [s[0] for s in spectra], color=color, label=f"decay μ = {mu:g} on γ")
+        right.plot(times, [s[1] for s in spectra], color=color)
+        right.plot(times, [s[2] for s in spectra], "--", color=color)
+    left.plot([], [], color="black", label="mean over paths")
+    left.plot([], [], ":", color="black", label="the paper's bound")
+    right.plot([], [], color="black", label="trace")
+    right.plot([], [], "--", color="black", label="Frobenius norm")
+    finish(left, r"$\|\gamma\|^2$", "time t", "mean", ylim=(0, 50))
+    finish(middle, r"Hessian's $\lambda_{max}$", "time t", "mean", ylim=(0, None))
+    finish(right, "Hessian's other norms", "time t", "mean", ylim=(0, None))
+    return figure
+
+
+def compare(axis, student, target, time_end, steps, title):
+    for name in ("standard", student):
+        times, losses, _ = student_flow(name, target, time_end, steps)
+        axis.semilogy(times, losses, color=COLORS[name], label=NAMES[name])
+    finish(axis, title, "time t", "loss", ylim=(1e-8, 30))
+
+
+def dual_rates(target, W, v, u):
+    """-dL/dt of the standard form and of DP at one effective state and one v, and their difference by the paper's formula."""
+    G = STUDENTS["dual"](W, v, u) - target
+    standard = theory.descent_rate_standard(W * u.unsqueeze(-1), v, G)
+    return -standard, -theory.descent_rate_dual(W, u, v, G), theory.dual_advantage(W, u, v, G)
+
+
+def original_rates(target, W, beta, alpha):
+    """-dL/dt of the standard form and of OR at one W and γ, and their difference by the paper's formula."""
+    v = original_reparam(beta, alpha)
+    G = W * v - target
+    grad, P = (W * G).sum(0), theory.original_preconditioner(beta, alpha)
+    standard = theory.descent_rate_standard(W, v, G)
+    return -standard, (v ** 2 * G.square().sum(0)).sum() + grad @ P @ grad, theory.original_advantage(beta, alpha, grad)
+
+
+def three_claims(plt, student, rates, law, special, special_name):
+    """The paper's figure 11: claims (i) and (ii) for a random teacher, (iii) for one that meets its condition."""
+    figure, ((first, second, third),) = grid(plt, 1, 3, 3.5)
+    target = random(4, 6) / 2
+    times, _, path = student_flow(student, target, 1.5, 400)
+    slower, faster, gain = zip(*(rates(target, *p) for p in path[1:]))
+    first.semilogy(times[1:], faster, color=COLORS[student], label=NAMES[student])
+    first.semilogy(times[1:], slower, color=BLUE, label="standard form f, same state")
+    first.semilogy(times[1:], gain, "--", color=GREEN, label="difference, by the formula")
+    finish(first, "(i) Faster at the same state", "time t", r"$-dL/dt$")
+    times, losses, _ = student_flow(student, target, 0.02, 100)
+    gap = student_flow("standard", target, 0.02, 100)[1] - losses
+    theirs = torch.stack([-law(target, t) for t in times])
+    second.plot(times, gap, color=COLORS[student], label=rf"$L_f - L_{{{SYMBOLS[student]}}}$")
+    second.plot(times, theirs, "--", color="black", label="the law in t³")
+    second.plot(times, (gap - theirs).abs(), ":", color=RED, label="what is left, order t⁴")
+    finish(second, "(ii) First gain: a law in t³", "time t", "difference of losses")
+    compare(third, student, special, 3.0, 600, f"(iii) {special_name}")
+    return figure
+
+
+def figure_3_1(plt):
+    """Theorem 3.1 / D.1: DP against the standard form, the twin of the paper's figure 11."""
+    matching = torch.zeros(4, 6, dtype=torch.float64)
+    matching[range(4), [2, 0, 5, 3]] = torch.tensor([0.6, 1.0, 1.5, 2.0], dtype=torch.float64)
+    return three_claims(plt, "dual", dual_rates, theory.dual_law, matching, "W*: support a matching")
+
+
+def figure_3_2(plt):
+    """Theorem 3.2 / D.2: OR against the standard form, the paper's figure 11."""
+    balanced = random(4, 6) / random(4, 6).norm(dim=0)
+    return three_claims(plt, "original", original_rates, theory.original_law, balanced, "W*: equal columns")
+
+
+def states_off_the_flow():
+    """Two states that the theorems' flows never meet. DP: (target, W̃, v) with G only in the row where W̃ is zero, so that nothing but
+    u_i² counts. OR: (target, W, alpha) at γ = 1 with ∇γ mostly across γ. target, W̃, W (2, d); v, alpha (d,)."""
+    one, W = torch.ones(6, dtype=torch.float64), torch.stack((torch.ones(6), torch.zeros(6))).double()
+    across = torch.tensor([1.2, -0.8] * 3, dtype=torch.float64)
+    return (torch.stack((one, across)), W, one), (torch.stack((one + across, 0 * one)), W, one)
+
+
+def figure_conditions(plt):
+    """Ours: where theorems 3.1 and 3.2 need what they assume."""
+    figure, axes = grid(plt, 2, 2, 7.0)
+    (dual_target, dual_W, v), (original_target, W, alpha) = states_off_the_flow()
+    squares = torch.logspace(-1, 1, 100, dtype=torch.float64)
+    off = [dual_rates(dual_target, dual_W / u, v, u.expand(2)) for u in squares.sqrt()]  # W̃ stays the same
+    original = [original_rates(original_target, W, alpha[:1], alpha / rho ** 0.5) for rho in squares]  # Norm(α) stays the same
+    for axis, rates, student, what, x in (
+            (axes[0, 0], off, "dual", r"$u_i^2 \geq 1$", r"$u_i^2$, all rows alike"),
+            (axes[0, 1], original, "original", "ρ ≥ 1", r"$\rho=\beta^2 d/\|\alpha\|^2$")):
+        axis.loglog(squares, [r[1] for r in rates], color=COLORS[student], label=NAMES[student])
+        axis.loglog(squares, [r[0] for r in rates], color=BLUE, label=NAMES["standard"])
+        axis.axvspan(1, 10, color=GREEN, alpha=0.15, linewidth=0, label=f"{what}: the flow from the start")
+        finish(axis, f"{NAMES[student][:2]}, one effective state: (i) fails below 1", x, r"$-dL/dt$")
+    compare(axes[1, 0], "dual", torch.tensor(COUNTEREXAMPLES["dual"], dtype=torch.float64), 2.0, 800,
+            "DP, (iii) without its condition: W* = (4, 0.4)ᵀ")
+    compare(axes[1, 1], "original", torch.tensor(COUNTEREXAMPLES["original"], dtype=torch.float64), 3.0, 1200,
+            "OR, (iii) without its condition: W* = (5, 0.02)")
+    return figure
+
+
+def sharing_problem(conflict, seed=0):
+    """(loss of W̃_1 and W̃_2, start): two branches read the same features. Branch 1 must double half of them and halve the others.
+    Branch 2 must do the same (they agree) or the opposite (they conflict)."""
+    starts = [random(3, 8, seed=seed + b) / 2 for b in range(2)]
+    factor = torch.tensor([2.0] * 4 + [0.5] * 4, dtype=torch.float64)
+    targets = [starts[0] * factor, starts[1] * (factor.flip(0) if conflict else factor)]
+    return lambda a, b: 0.5 * ((a - targets[0]).square().sum() + (b - targets[1]).square().sum()), starts
+
+
+def sharing_paths(conflict):
+    """(times, losses with one shared γ, losses with HG) on sharing_problem."""
+    loss, (a, b) = sharing_problem(conflict)
+    one = torch.ones(8, dtype=torch.float64)
+    shared = gradient_flow(lambda A, B, v: loss(A * v, B * v), [a, b, one], 2.0, 200)
+    own = gradient_flow(lambda A, B, v, w: loss(A * v, B * w), [a, b, one, one], 2.0, 200)
+    return ([t for t, _ in shared], [loss(A * v, B * v).item() for _, (A, B, v) in shared],
+            [loss(A * v, B * w).item() for _, (A, B, v, w) in own])
+
+
+def figure_heterogeneity(plt):
+    """HG, ours: a case where one shared γ is faster and one where a γ for each branch is."""
+    figure, (axes,) = grid(plt, 1, 2, 3.4)
+    for axis, conflict in zip(axes, (False, True)):
+        times, shared, own = sharing_paths(conflict)
+        axis.semilogy(times, shared, color=BLUE, label="one shared γ")
+        axis.semilogy(times, own, color=ORANGE, label="a γ for each branch (HG)")
+        finish(axis, "The branches " + ("conflict: HG is faster" if conflict else "agree: sharing is faster"), "time t", "loss", columns=2)
+    return figure
+
+
+def figure_reparam(plt):
+    """OR and ER, the formulas: how far γ moves for a unit gradient in each direction, d = 2."""
+    figure, (axes,) = grid(plt, 1, 2, 3.6)
+    angle = torch.linspace(0, 2 * torch.pi, 200, dtype=torch.float64)
+    circle, scale = torch.stack((angle.cos(), angle.sin())), 0.15
+    direction = torch.tensor([1.25, 0.66], dtype=torch.float64)
+    direction = direction / direction.square().mean().sqrt()  # length √d
+    for axis, name in zip(axes, ("OR", "ER")):
+        for size, color in ((0.5, GREEN), (1.0, BLUE), (1.5, ORANGE)):
+            gamma = size * direction
+            if name == "OR":
+                P = theory.original_preconditioner(torch.tensor([size], dtype=torch.float64), direction)
+            else:
+                beta, alpha = gamma.log().mean()[None], gamma.log()
+                assert torch.allclose(exponential_reparam(beta, alpha), gamma)
+                P = theory.exponential_preconditioner(beta, alpha)
+            axis.plot(*gamma, "o", color=color, label=f"γ of length {size:g} √d")
+            axis.plot(*(gamma[:, None] + scale * P @ circle), color=color)
+            axis.plot(*(gamma[:, None] + scale * circle), ":", color=color)
+        axis.plot([], [], color="black", label=f"γ + {scale:g} P e, all unit vectors e")
+        axis.plot([], [], ":", color="black", label=f"γ + {scale:g} e: plain γ, P = I")
+        axis.plot(*torch.stack((torch.zeros(2, dtype=torch.float64), 1.9 * direction), 1), color=GREY, linewidth=0.7, zorder=0)
+        axis.set(title=f"{name}: velocity of γ", xlabel=r"$\gamma_1$", ylabel=r"$\gamma_2$", aspect="equal",
+                 xlim=(0, 3), ylim=(-0.1, 1.6))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=2, frameon=False)
+    return figure
+
+
+def figure_output_norm(plt):
+    """Section 2.2's claim, ours: the same decay on an Output-Norm costs loss, on an Input-Norm the next weight makes up for it."""
+    target, one = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+
+    def output(gamma):
+        return 0.5 * (gamma - target).square().sum()
+    figure, (axes,) = grid(plt, 1, 2, 3.4)
+    for decay, color in ((0.0, GREY), (0.05, ORANGE), (0.2, RED)):
+        norm = gradient_flow(output, [one], 40.0, 400, [decay])
+        both = gradient_flow(lambda gamma, w: output(gamma * w), [one, one], 40.0, 400, [decay, 0.0])
+        times = [t for t, _ in norm]
+        axes[0].plot(times, [output(p[0]) for _, p in norm], color=color, label=f"decay {decay:g}")
+        axes[1].plot(times, [output(p[0] * p[1]) for _, p in both], color=color, label=f"decay {decay:g}")
+        axes[0].axhline(theory.output_norm_under_decay(target, one, decay)[1], color="black", linestyle=":", linewidth=1)
+    axes[0].plot([], [], ":", color="black", label="formula")
+    finish(axes[0], "Output-Norm: γ alone must reach γ*", "time t", "loss", columns=2, ylim=(-0.01, 0.3))
+    finish(axes[1], "Input-Norm: γ w must, only γ decays", "time t", "loss", columns=3, ylim=(-0.01, 0.3))
+    return figure
+
+
+def adamw_path(loss, params, lr, steps, weight_decay=0.0):
+    """[params] after 0 ... steps updates of torch.optim.AdamW, β = (0.9, 0.95), at one learning rate."""
+    params = [p.clone().requires_grad_() for p in params]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    path = [[p.detach().clone() for p in params]]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(*params).backward()
+        optimizer.step()
+        path.append([p.detach().clone() for p in params])
+    return path
+
+
+def steps_to(student, targets, lr, share=1e-2, limit=400):
+    """Mean over the teachers of the AdamW steps until the loss is `share` of its start. targets (teachers, m, d); Adam treats every
+    coordinate by itself, so one run trains all."""
+    def losses(*params):
+        return teacher_loss(STUDENTS[student](*params), targets)
+    path = adamw_path(lambda *p: losses(*p).sum(), start(student, targets), lr, limit)
+    return (torch.stack([losses(*p) for p in path]) < share * losses(*path[0])).int().argmax(0).double().mean().item()
+
+
+def figure_adamw(plt):
+    """AdamW in place of gradient flow, ours: steps to a loss for the theorems' students, and an Output-Norm's γ under decay."""
+    figure, ((left, right),) = grid(plt, 1, 2, 3.8)
+    targets, lrs = random(16, 4, 6), [0.01 * 2 ** (k / 2) for k in range(15)]
+    for student, color in (("none", GREY), ("standard", BLUE), ("dual", ORANGE), ("original", GREEN)):
+        steps = [steps_to(student, targets, lr) for lr in lrs]
+        left.loglog(lrs, steps, "o-", markersize=4, color=color, label=f"{NAMES[student]}: best {min(steps):.0f}")
+    left.set_xticks([0.01, 0.03, 0.1, 0.3, 1.0], ["0.01", "0.03", "0.1", "0.3", "1"])
+    left.set_yticks([25, 50, 100, 200], ["25", "50", "100", "200"])
+    left.minorticks_off()
+    finish(left, "Steps to 1% of the loss, mean of 16 teachers", "learning rate", "AdamW steps", columns=2)
+    wanted = torch.tensor([3.0], dtype=torch.float64)
+    for decay, color in ((0.0, GREY), (0.1, GREEN), (0.5, RED)):
+        path = adamw_path(lambda gamma: 0.5 * (gamma - wanted).square().sum(), [torch.ones(1, dtype=torch.float64)], 0.02, 400, decay)
+        style = "--" if decay == 0.1 else "-"  # it lies on the curve without decay
+        right.plot([p[0] for p in path], style, color=color, label=f"decay {decay:g}", zorder=3 if decay == 0.1 else 2)
+    right.axhline(theory.adamw_output_norm_limit(wanted, 0.5).item(), linestyle=":", color="black", label="1 / 0.5, where λγ = 1")
+    finish(right, "An Output-Norm's γ that should be 3", "AdamW step", "γ", columns=2)
+    return figure
+
+
+FIGURES = {"2_2_standard": figure_2_2, "2_3_decay": figure_2_3, "3_1_dual": figure_3_1, "3_2_original": figure_3_2,
+           "conditions": figure_conditions, "heterogeneity": figure_heterogeneity, "reparam": figure_reparam,
+           "output_norm": figure_output_norm, "adamw": figure_adamw}
+STYLE = {"figure.dpi": 150, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8.5, "axes.grid": True,
+         "grid.alpha": 0.3, "axes.formatter.limits": (-3, 4), "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8}
+
+
+def main(folder="figures"):
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("error: the figures need matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from PIL import Image  # comes with matplotlib
+    plt.rcParams.update(STYLE)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    begun = time.time()
+    for done, (name, draw) in enumerate(FIGURES.items(), 1):
+        path = Path(folder) / f"theory_{name}.png"
+        draw(plt).savefig(path)
+        plt.close("all")
+        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
+        print(f"{done}/{len(FIGURES)}  {path}  {draw.__doc__}  ({time.time() - begun:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
