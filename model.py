@@ -131,16 +131,19 @@ def scaled_linear(config, in_features, branches, **kwargs):
 
 
 def rope_tables(config):
-    """cos and sin (T, D) of rotary positions, in float32, for the rotate-half layout that Llama's weights use."""
+    """cos and sin (T, D) of rotary positions, in float32, for the rotate-half layout that Llama's weights use; the first half of sin
+    with a minus: see apply_rope."""
     frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(config.head_dim // 2)
+    return angle.cos(), angle.sin() * sign
 
 
 def apply_rope(x, cos, sin):
-    """Rotate each head by its position. x (B, T, H, D), cos and sin (T, D) -> (B, T, H, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]).to(x.dtype)
+    """Rotate each head by its position: its halves (a, b) become (a cos - b sin, b cos + a sin). A flip swaps them, not a
+    concatenation, which would keep Inductor from fusing this with the norm before it. x (B, T, H, D), cos and sin (T, D) -> x's."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # (b, a)
+    return (x * cos[:, None] + swapped * sin[:, None]).to(x.dtype)
 
 
 class Attention(nn.Module):
