@@ -1,6 +1,0 @@
-# HG + OR.
-from configs.ablations.base import *
-
-out_dir = "out/ablations/hg_or"
-scale_heterogeneous = True
-scale_reparam = "ordinary"

@@ -1,0 +1,9 @@
+# The studies' model for one H100: the paper's 0.12B for as many tokens as ten minutes give, in small batches to make many steps.
+from configs.baseline_120m import *
+
+batch_size = 64  # 65,536 tokens a step
+gradient_accumulation_steps = 1
+max_iters = 3500
+warmup_iters = 200
+
+eval_interval = 250

@@ -1,0 +1,17 @@
+"""The paper's figure 8: the unified strategy under Muon."""
+from studies.common import CPU_MODEL, GPU_MODEL, SEEDS, UNIFIED
+
+MUON = {"optimizer": "muon"}
+
+title = "Figure 8, under Muon"
+question = "does the gain of the unified strategy hold under another optimizer?"
+rows = {"baseline": {}, "unified": UNIFIED}
+comparisons = {("unified", "baseline"): {"Dense-0.12B": -0.0156, "Dense-0.5B": -0.0167, "MoE-0.5B": -0.0187}}
+scales = {
+    "cpu": {"seeds": SEEDS, "models": {"0.23M": {**CPU_MODEL, "keys": MUON}}},
+    "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": MUON}}},
+    "paper": {"seeds": (1,), "models": {
+        "Dense-0.12B": {"config": "configs/baseline_120m_muon.py", "keys": {}, "learning_rates": (5e-3,)},
+        "Dense-0.5B": {"config": "configs/baseline_500m.py", "keys": MUON, "learning_rates": (2e-3,)},
+        "MoE-0.5B": {"config": "configs/baseline_moe_500m_muon.py", "keys": {}, "learning_rates": (4e-3,)}}},
+}

@@ -1,0 +1,12 @@
+"""Ours: which maps the second norm and vector should be on. The paper names the output projection, and never o or down."""
+from studies.common import CPU, DP, GPU, HG, UNIFIED
+
+title = "Which maps"
+question = "what do the output projection, o and down contribute, and what do row and column multipliers alone?"
+rows = {"baseline": {}, "unified": UNIFIED,
+        "unified, not on the head": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
+        "unified, on o and down too": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up,head,o,down"},
+        "learnable multipliers": {**HG, **DP, "scale_placement_on": "q,k,v,gate,up,head,o,down"}}
+comparisons = {("unified", "baseline"): {}, ("unified, not on the head", "unified"): {}, ("unified, on o and down too", "unified"): {},
+               ("learnable multipliers", "baseline"): {}}
+scales = {"cpu": CPU, "gpu": GPU}

@@ -1,0 +1,16 @@
+"""A track for new ideas: your config, or --key=value, beside baseline and unified, on the same seeds and data.
+
+  python -m tools.study studies/track.py configs/mine.py --jobs=2
+  python -m tools.study studies/track.py --scale_reparam=exponential --scale_placement=dual
+
+The config says what differs from the baseline; a row's learning rate is tuned on as many rates as the baseline's."""
+from studies.common import CPU, FIVE_SEEDS, GPU, NO_DECAY, UNIFIED
+
+title = "Track"
+question = "is your idea better than the unified strategy?"
+rows = {"baseline": {}, "baseline, γ not decayed": NO_DECAY, "unified": UNIFIED}
+comparisons = {("baseline, γ not decayed", "baseline"): {}, ("unified", "baseline"): {}}
+yours = ("unified", "baseline", "baseline, γ not decayed")  # what your row is compared with
+# stated before any run: five seeds, 95% interval of the difference paired by seed, at the best of three learning rates each
+rule = {"protocol": "own", "at_least": 0.005, "says": "better if the whole interval lies below 0 and the mean is at least 0.005 nats below"}
+scales = {"cpu": {**CPU, "seeds": FIVE_SEEDS}, "gpu": GPU}

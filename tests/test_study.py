@@ -1,0 +1,357 @@
+"""
+Proves that a study's statistics are scipy's and the formula's, that its fits find what a synthetic law has, that it runs what is missing
+and nothing else, loses no run, survives an interruption and a diverging row, and that every number in docs and README is the results'.
+"""
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from config import load_config
+from tools import evidence
+from tools.evidence import best_rate, bootstrap, compute_multiplier, fill, paired, power_law, quote, summarize, table, verdict
+from tools.runs import RunFolders, settings_of
+from tools.study import curves, load_study, losses_of, main, only, plan, write_docs, yours
+
+STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
+RESULTS = sorted((ROOT / "results").glob("*_*.json"))
+RESULTS = [p for p in RESULTS if '"study"' in p.read_text()[:100]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics
+
+def test_paired_is_scipys_interval():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(0)
+    a, b = ({s: rng.gauss(1.5, 0.1) for s in range(6)} for _ in range(2))
+    found = paired(a, {**b, 17: 3.0})  # a seed that only one side has does not count
+    differences = [a[s] - b[s] for s in a]
+    expected = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
+    assert found["seeds"] == 6 and found["difference"] == pytest.approx(statistics.mean(differences))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected))
+    three = paired({1: 0.1, 2: 0.2, 3: 0.6}, {1: 0.0, 2: 0.0, 3: 0.0})
+    assert three["high"] - three["difference"] == pytest.approx(4.30265 * statistics.stdev([0.1, 0.2, 0.6]) / math.sqrt(3), rel=1e-5)
+
+
+def test_paired_without_pairs(monkeypatch):
+    assert paired({1: 1.0}, {2: 1.0}) is None and paired({1: math.inf}, {1: 1.0}) is None
+    assert paired({1: 1.0}, {1: 1.5}) == {"difference": -0.5, "low": None, "high": None, "seeds": 1}
+    monkeypatch.setattr(evidence, "stats", None)  # no scipy: the mean without an interval
+    assert paired({1: 1.0, 2: 2.0}, {1: 0.0, 2: 0.0}) == {"difference": 1.5, "low": None, "high": None, "seeds": 2}
+
+
+def test_best_rate():
+    losses = {("m", "r", 1e-3, 1): 2.0, ("m", "r", 2e-3, 1): 1.0, ("m", "r", 4e-3, 1): math.inf, ("m", "r", 1e-3, 2): 0.1}
+    assert best_rate(losses, "m", "r", (1e-3, 2e-3, 4e-3), (1,)) == 2e-3
+    assert best_rate(losses, "m", "r", (1e-3, 2e-3), (1, 2)) is None  # seed 2 is not there for both
+    assert best_rate(losses, "m", "other", (1e-3,), (1,)) is None
+
+
+@pytest.mark.parametrize("paper, low, high, says", [(-0.03, -0.04, -0.01, "agrees"), (0.03, -0.04, -0.01, "differs"),
+                                                   (0.03, 0.01, 0.02, "agrees"), (-0.03, -0.02, 0.01, "cannot tell")])
+def test_verdict(paper, low, high, says):
+    assert verdict(paper, {"difference": (low + high) / 2, "low": low, "high": high, "seeds": 3}) == says
+    assert verdict(paper, None) == "cannot tell"
+
+
+def test_power_law_and_multiplier():
+    stats, compute = pytest.importorskip("scipy.stats"), [1e15, 1e16, 1e17, 1e18]
+    noisy = [7.1, 6.0, 5.5, 4.6]
+    line = stats.linregress([math.log(c) for c in compute], [math.log(l) for l in noisy])
+    assert power_law(compute, noisy) == pytest.approx((math.exp(line.intercept), -line.slope))
+    law = power_law(compute, [7.0 * c ** -0.05 for c in compute])
+    assert law == pytest.approx((7.0, 0.05))
+    # the improved curve is the baseline's with 1.25 times the compute, so the multiplier is 1.25 everywhere
+    improved = power_law(compute, [7.0 * (1.25 * c) ** -0.05 for c in compute])
+    assert compute_multiplier(law, improved, 1e16) == pytest.approx(1.25) == compute_multiplier(law, improved, 1e18)
+
+
+def test_bootstrap_covers_the_truth():
+    rng, compute, covered = random.Random(0), [1e15, 1e16, 1e17, 1e18], 0
+    for trial in range(20):
+        noise = [{s: rng.gauss(0, 2e-3) for s in range(8)} for _ in compute]
+        baseline = [{s: 7 * c ** -0.05 + n for s, n in d.items()} for c, d in zip(compute, noise)]
+        improved = [{s: 7 * (1.25 * c) ** -0.05 + n + rng.gauss(0, 1e-3) for s, n in d.items()} for c, d in zip(compute, noise)]
+        fit = bootstrap(compute, baseline, improved, seed=trial)
+        covered += fit["low"] <= 1.25 <= fit["high"]
+        assert fit["low"] < fit["multiplier"] < fit["high"]
+    assert covered >= 13  # of 20; a percentile interval of eight seeds covers somewhat less than 95%
+    one = bootstrap(compute, [{1: d[0]} for d in baseline], [{1: d[0]} for d in improved])
+    assert one["low"] is None and one["multiplier"] > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan
+
+STUDY = {"rows": {"a": {}, "b": {"scale_vectors": False}}, "comparisons": {("b", "a"): {"0.12B": 0.1}}}
+SCALE = {"seeds": (1, 2), "models": {"m": {"config": "configs/study_cpu.py", "keys": {}, "learning_rates": (1e-3, 2e-3)}}}
+
+
+def test_plan_grows_with_what_is_known():
+    losses = {}
+    assert plan(STUDY, SCALE, losses) == [("m", "a", 1e-3, 1), ("m", "a", 2e-3, 1)]  # tune the first row, on the first seed
+    losses |= {("m", "a", 1e-3, 1): 2.0, ("m", "a", 2e-3, 1): 1.0}
+    papers = plan(STUDY, SCALE, losses, "paper")
+    assert papers[2:] == [("m", "b", 2e-3, 1), ("m", "a", 2e-3, 2), ("m", "b", 2e-3, 2)]  # then all rows at its best rate
+    assert plan(STUDY, SCALE, losses)[len(papers):] == [("m", "b", 1e-3, 1)]  # then the other rows' grids
+    losses |= {("m", "b", 1e-3, 1): 1.0, ("m", "b", 2e-3, 1): 3.0}
+    assert plan(STUDY, SCALE, losses)[-1] == ("m", "b", 1e-3, 2)  # and each at its own best rate
+
+
+def test_summary_by_both_protocols():
+    losses = {("m", row, rate, seed): {"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {1e-3: 1.5, 2e-3: 3.0}}[row][rate] + seed / 10
+              for row in "ab" for rate in (1e-3, 2e-3) for seed in (1, 2)}
+    found = summarize(STUDY, SCALE, losses)["m"]
+    assert found["tuned_rate"] == 2e-3 and found["rows"]["b"]["own"]["learning_rate"] == 1e-3
+    assert found["rows"]["a"]["tuned"]["loss"] == pytest.approx(1.15)
+    comparison, = found["comparisons"]
+    assert comparison["tuned"]["difference"] == pytest.approx(2.0) and comparison["own"]["difference"] == pytest.approx(0.5)
+    losses["m", "b", 2e-3, 2] = math.inf
+    found = summarize(STUDY, SCALE, losses)["m"]
+    assert found["rows"]["b"]["tuned"] == {"learning_rate": 2e-3, "loss": None, "seeds": 2, "diverged": 1}
+    assert found["comparisons"][0]["tuned"] is None
+    assert "diverged (1 of 2)" in table({"results": {"m": found}})
+
+
+def test_only_some_rows_and_seeds():
+    study = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
+    cut, scale = only(study, "cpu", ["HG + DP"], (7,))
+    assert list(cut["rows"]) == ["baseline", "HG", "HG + DP"] and scale["seeds"] == (7,)
+    assert ("HG + DP", "HG") in cut["comparisons"] and all({r, o} <= set(cut["rows"]) for r, o in cut["comparisons"])
+    with pytest.raises(ValueError, match="no row 'nothing'"):
+        only(study, "cpu", ["nothing"], None)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_study_is_sound(path, tmp_path):
+    """Every row at every scale is a configuration that train.py takes, and no two rows of a study are one run."""
+    scales = load_study(path, "cpu").get("scales", {})
+    for name, scale in scales.items():
+        study, folders = load_study(path, name), RunFolders(tmp_path / name)
+        for spec in scale["models"].values():
+            rows = list(spec.get("rows", study["rows"]))
+            runs = [folders.find(row, spec["config"], {"max_iters": 10 ** 4, **spec["keys"], **study["rows"][row]}) for row in rows]
+            assert len({run.folder for run in runs}) == len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run folders
+
+def write_run(folder, arguments, val_loss=1.5, finished=True, **stored):
+    """What train.py leaves, without training."""
+    folder.mkdir(parents=True)
+    settings = {**settings_of(load_config([str(ROOT / arguments[0]), *arguments[1:]])), "out_dir": str(folder), **stored}
+    (folder / "config.json").write_text(json.dumps(settings))
+    if finished:
+        summary = {"val_loss": val_loss, "steps": 1, "tokens": 8, "params": 9, "scale_params": 1, "seconds": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_run_is_known_by_its_settings(tmp_path):
+    config, keys = "configs/study_cpu.py", {"seed": 3, "learning_rate": 0.002}
+    write_run(tmp_path / "old name", [config, "--seed=3", "--learning_rate=2e-3"], a_key_of_the_past=1)
+    stored = json.loads((tmp_path / "old name" / "config.json").read_text())
+    del stored["recompute"]  # as if the key had come later
+    (tmp_path / "old name" / "config.json").write_text(json.dumps(stored))
+    folders = RunFolders(tmp_path)
+    found = folders.find("any label", config, keys)
+    assert found.folder.name == "old name" and found.state == "done"
+    assert folders.find("x", config, {**keys, "checkpoint_interval": 7, "n_kv_head": 4}).folder == found.folder  # changes nothing
+    other = folders.find("x", config, {**keys, "n_kv_head": 2})
+    assert other.state == "missing" and other.folder != found.folder
+
+
+def test_a_run_continued_to_more_steps_is_not_replaced(tmp_path):
+    config, keys = "configs/study_cpu.py", {"seed": 1, "learning_rate": 0.004}
+    wanted = RunFolders(tmp_path).find("baseline", config, keys)
+    write_run(wanted.folder, [config, "--seed=1", "--learning_rate=0.004", "--max_iters=9999"])
+    again = RunFolders(tmp_path).find("baseline", config, keys)
+    assert again.state == "missing" and again.folder != wanted.folder
+    (tmp_path / "baseline-lr0.004-seed1-2").mkdir()  # something else of that name
+    assert RunFolders(tmp_path).find("baseline", config, keys).folder.name == "baseline-lr0.004-seed1-3"
+
+
+def test_studies_share_runs(tmp_path):
+    a, b = (load_study(ROOT / "studies" / f"{name}.py", "cpu") for name in ("figure_5_step_by_step", "figure_1_necessity"))
+    folders = RunFolders(tmp_path)
+    runs = [losses_of(folders, s, s["scales"]["cpu"])[1] for s in (a, b)]
+    assert {r.folder for r in runs[0].values()} == {r.folder for r in runs[1].values()}
+
+
+def test_curves_pass_over_a_half_written_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event":"eval","step":0,"tokens":0,"val_loss":5.5}\n{"event":"matrix","step":0,"name":"layers.0.q","norm":2.0}\n{"event":"ev')
+    assert curves(log, None) == {"curve": [[0, 5.5]]}
+    assert curves(log, "layers.0") == {"curve": [[0, 5.5]], "norms": {"layers.0.q": [[0, 2.0]]}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# running, in processes of their own
+
+def study_command(*args):
+    return [sys.executable, "-m", "tools.study", *map(str, args)]
+
+
+def spawn(command, cwd):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"}
+
+
+def test_smoke_interrupted_and_resumed(tmp_path):
+    """From another folder; Ctrl-C while runs are under way, then the same command: what was finished stays, the rest is resumed."""
+    command = study_command(ROOT / "studies" / "smoke.py", f"--out={tmp_path}/runs", f"--results={tmp_path}/results", "--jobs=2")
+    first = spawn(command, tmp_path)
+    while not list(tmp_path.glob("runs/*/summary.json")):  # at least one run has finished
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 130 and len(err.splitlines()) == 1 and "the same command resumes them" in err
+    assert not list(tmp_path.glob("results/*"))
+    done = [p.parent for p in tmp_path.glob("runs/*/summary.json")]
+    assert 1 <= len(done) < 4
+    before = {folder: snapshot(folder) for folder in done}
+
+    second = spawn(command, tmp_path)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, out + err
+    assert all(snapshot(folder) == files for folder, files in before.items())
+    results = json.loads((tmp_path / "results" / "smoke_cpu.json").read_text())
+    assert len(results["runs"]) == 4 and results["missing"] == 0 and results["torch"] and results["devices"]
+    assert [len(run["curve"]) for run in results["runs"]] == [4] * 4  # steps 0, 20, 40, 60, each once
+    losses = {(r["row"], r["seed"]): r["val_loss"] for r in results["runs"]}
+    mean = statistics.mean(losses["unified", s] - losses["baseline", s] for s in (1, 2))
+    assert results["results"]["tiny"]["comparisons"][0]["tuned"]["difference"] == pytest.approx(mean)
+    assert evidence.signed(mean) in out
+
+    everything = snapshot(tmp_path / "runs")
+    third = spawn(command, tmp_path)  # nothing is left to do
+    assert third.wait(timeout=120) == 0 and snapshot(tmp_path / "runs") == everything
+
+
+def test_a_diverging_row_is_reported_and_not_repeated(tmp_path, capsys):
+    study = tmp_path / "wild.py"
+    study.write_text((ROOT / "studies" / "smoke.py").read_text() + '\nrows = {"baseline": {}, "wild": {"init_std": 1e30}}\n'
+                     'comparisons = {("wild", "baseline"): {}}\nscales["cpu"]["seeds"] = (1,)\n')
+    arguments = [str(study), f"--out={tmp_path}/runs", f"--results={tmp_path}/results"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "diverged: 10 steps in a row" in said and "| tiny | wild | diverged (1 of 1)" in said
+    before = snapshot(tmp_path / "runs")
+    assert main(arguments) == 0 and snapshot(tmp_path / "runs") == before
+    assert json.loads((tmp_path / "results" / "wild_cpu.json").read_text())["runs"][1]["state"] == "diverged"
+
+
+def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
+    arguments = [str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs", f"--results={tmp_path}/results"]
+    assert main([*arguments, "--evaluate"]) == 0
+    assert "2 runs are missing" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results" / "figure_1_necessity_cpu.json").read_text())
+    assert results["runs"][0]["val_loss"] == 1.25 and results["results"]["0.23M"]["tuned_rate"] is None
+    assert main([*arguments, "--print"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert lines[1] == "python train.py configs/study_cpu.py --learning_rate=0.004 --seed=1"
+
+
+def test_track_takes_a_config_and_keys(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("scale_placement = 'dual'\nout_dir = 'out/mine'\n")
+    track = ROOT / "studies" / "track.py"
+    files, extra = yours([str(track), str(mine)], ["--scale_lr=3"])
+    assert files == [str(track)] and extra == {"scale_placement": "dual", "scale_lr": 3}
+    study = load_study(track, "cpu", extra)
+    assert study["rows"]["yours"] == extra and ("yours", "unified") in study["comparisons"]
+    with pytest.raises(ValueError, match="has no row of yours"):
+        load_study(ROOT / "studies" / "smoke.py", "cpu", extra)
+
+
+def test_the_tracks_rule():
+    rule = load_study(ROOT / "studies" / "track.py", "cpu")["rule"]
+    for low, difference, high, better in ((-0.03, -0.02, -0.01, True), (-0.03, -0.01, 0.001, False), (-0.005, -0.004, -0.003, False)):
+        assert evidence.judge(rule, {"own": {"difference": difference, "low": low, "high": high, "seeds": 5}}) is better
+    assert evidence.judge(rule, {"own": None}) is False
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["studies/nothing.py"], "study not found"), (["{smoke}", "--scale=huge"], "no scale 'huge'"),
+    (["{smoke}", "--lerning_rate=1"], "unknown key"), (["{smoke}", "--rows=x"], "no row 'x'")])
+def test_errors_are_one_line(arguments, says, capsys):
+    assert main([a.format(smoke=ROOT / "studies" / "smoke.py") for a in arguments]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# committed results
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_committed_summaries_follow_from_their_runs(path):
+    pytest.importorskip("scipy")
+    results = json.loads(path.read_text())
+    losses = {tuple(r[k] for k in ("model", "row", "learning_rate", "seed")): r.get("val_loss", math.inf) for r in results["runs"]}
+    comparisons = {(c["row"], c["other"]): c["paper"] for found in results["results"].values() for c in found["comparisons"]}
+    study = {"rows": results["rows"], "comparisons": comparisons}
+    scale = {"models": results["models"], "seeds": results["seeds"], "tuning_seeds": len(results["tuning_seeds"])}
+    again = summarize(study, scale, losses)
+    assert close(json.loads(json.dumps(again)), results["results"])
+
+
+def close(a, b):
+    """Equal, floats to rounding."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, abs=1e-9) if isinstance(a, float) else a == b
+
+
+def test_docs_and_readme_hold_the_results_numbers():
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        assert fill(text) == text, f"{path.name}: run `python -m tools.study --docs`"
+
+
+def test_fill_writes_numbers_between_markers(tmp_path):
+    losses = {("m", row, 1e-3, seed): {"a": 2.0, "b": 1.5}[row] + seed / 100 * (row == "b") for row in "ab" for seed in (1, 2)}
+    scale = {"seeds": (1, 2), "models": {"m": {"learning_rates": (1e-3,)}}}
+    results = {"study": "s", "rows": STUDY["rows"], "results": summarize(STUDY, scale, losses), "fit": None}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "s_cpu.json").write_text(json.dumps(results))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- study s_cpu a: loss -->9<!-- end --> and <!-- study none_cpu table -->\nx\n<!-- end -->.")
+    (tmp_path / "docs" / "a.md").write_text("by <!-- study s_cpu b against a: difference --><!-- end -->\n"
+                                            "<!-- study s_cpu table --><!-- end -->")
+    assert len(write_docs(tmp_path)) == 2 and write_docs(tmp_path) == []
+    assert "-->2.0000<!-- end -->" in (tmp_path / "README.md").read_text() and "not run yet" in (tmp_path / "README.md").read_text()
+    written = (tmp_path / "docs" / "a.md").read_text()
+    assert "−0.4850 [−0.5485, −0.4215]<!-- end -->" in written and "| m | b | a | −0.4850" in written
+    assert quote(results, "b against a: verdict") == "differs" and quote(results, "multiplier") == "not run yet"
+    with pytest.raises(ValueError, match="s has no 'c: loss'"):
+        quote(results, "c: loss")
+
+
+def test_without_scipy_or_matplotlib_the_runs_still_count(tmp_path):
+    """A Python where neither can be imported: results are written, and one line each says what is missing."""
+    write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
+    blocked = ("import sys; sys.modules['scipy'] = sys.modules['matplotlib'] = None; from tools.study import main; "
+               "sys.exit(main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", blocked, str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs",
+                           f"--results={tmp_path}/results", "--evaluate"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install scipy" in done.stdout and "pip install matplotlib" in done.stdout
+    assert Path(tmp_path / "results" / "figure_1_necessity_cpu.json").is_file()

@@ -1,0 +1,161 @@
+"""
+Runs as subprocesses of their own: one folder each, found again by its settings, interrupted and resumed, never destroyed.
+
+  Run         one setting of train.py: command line, settings, the folder that holds it or will
+  RunFolders  which settings already have a folder under out/studies/<scale>
+  Pool        start runs, so many at once; collect how each ended; end them all on Ctrl-C
+
+A folder is recognized by what its config.json says, not by its name: rows that two studies share run once, a new key of train.py with
+a default value changes nothing, and a run that someone continued to more steps is another run, which stays as it is.
+"""
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from config import FIELDS, flat, load_config
+from disk import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+# keys that change what a run says, not what it finds; tokens_per_param is in max_iters
+NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
+                "sample_prompt", "wandb_project", "dist_timeout", "tokens_per_param"}
+STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
+
+
+def settings_of(config):
+    """{key: value} of all that decides what a run finds."""
+    return {key: value for key, value in flat(config).items() if key not in NOT_SETTINGS}
+
+
+def device_name():
+    """The GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+class Run:
+    """One setting of train.py: arguments, the settings they resolve to, and its folder."""
+
+    def __init__(self, label, arguments, settings, folder):
+        self.label, self.arguments, self.settings, self.folder = label, arguments, settings, folder
+
+    @property
+    def state(self):
+        """"done", "diverged", "interrupted" or "missing"."""
+        if (self.folder / "summary.json").is_file():
+            return "done"
+        if (self.folder / "diverged.txt").is_file():
+            return "diverged"
+        return "interrupted" if (self.folder / "config.json").is_file() else "missing"
+
+    def read(self, name):
+        """The contents of the folder's summary.json or config.json."""
+        return json.loads((self.folder / name).read_text())
+
+
+class RunFolders:
+    """The run folders under one folder, by their settings."""
+
+    def __init__(self, out):
+        self.out, self.known, self.cache = Path(out), {}, {}
+        for path in sorted(self.out.glob("*/config.json")):
+            try:
+                stored = json.loads(path.read_text())
+                settings = {k: stored.get(k, field.default) for k, field in FIELDS.items() if k not in NOT_SETTINGS}
+                self.known[self.key(settings)] = path.parent
+            except (ValueError, AttributeError):
+                continue  # not a run's
+
+    @staticmethod
+    def key(settings):
+        return json.dumps(settings, sort_keys=True)
+
+    def find(self, label, config_file, keys):
+        """The Run of these keys on top of this config file: in the folder that holds it, or in a new one that nothing else has.
+        Raises ValueError, one line, if train.py would refuse the keys."""
+        arguments = [config_file, *(f"--{k}={v}" for k, v in keys.items())]
+        if tuple(arguments) not in self.cache:
+            path = config_file if Path(config_file).is_absolute() else str(ROOT / config_file)
+            settings = settings_of(load_config([path, *arguments[1:]]))
+            key = self.key(settings)
+            if key not in self.known:
+                name = "-".join([re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_"), f"lr{settings['learning_rate']:g}",
+                                 f"seed{settings['seed']}"])
+                taken, number = set(self.known.values()), 1
+                while self.out / f"{name}-{number}" in taken or (self.out / f"{name}-{number}").exists():
+                    number += 1
+                self.known[key] = self.out / f"{name}-{number}"
+            self.cache[tuple(arguments)] = Run(label, arguments, settings, self.known[key])
+        return self.cache[tuple(arguments)]
+
+
+class Pool:
+    """At most `jobs` children at once. nproc_per_node: each under torchrun with so many processes."""
+
+    def __init__(self, jobs, nproc_per_node=0):
+        self.jobs, self.nproc, self.children = jobs, nproc_per_node, {}  # child -> (run, slot, when it started)
+
+    def start(self, run):
+        """Start or resume the run: python train.py ... --out_dir=... --resume, with low priority, on a GPU of its own if there is one."""
+        slot = min(set(range(self.jobs)) - {slot for _, slot, _ in self.children.values()})
+        run.folder.mkdir(parents=True, exist_ok=True)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"] if self.nproc else []
+        command = [sys.executable, *torchrun, "train.py", *run.arguments, f"--out_dir={run.folder}", "--resume"]
+        made_by = {"command": " ".join(["python", "train.py", *run.arguments]), "device": device_name(), "torch": torch.__version__,
+                   "python": platform.python_version()}
+        write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")
+        environment = dict(os.environ)
+        if run.settings["device"] == "cpu" or not torch.cuda.is_available():
+            environment.setdefault("OMP_NUM_THREADS", "1")
+        elif not self.nproc:
+            environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % torch.cuda.device_count()))
+        nice = ["nice", "-n", "10"] if shutil.which("nice") else []
+        with open(run.folder / "output.txt", "ab") as output:  # a session of its own: Ctrl-C reaches us, and we end the children
+            child = subprocess.Popen([*nice, *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment)
+        self.children[child] = (run, slot, time.time())
+
+    def wait(self):
+        """Wait for one child. Returns (run, how it ended, a line about it, seconds): "done", "stopped", "diverged" or "failed"."""
+        while True:
+            for child in self.children:
+                if child.poll() is not None:
+                    run, _, started = self.children.pop(child)
+                    return run, *self.outcome(run, child.returncode), time.time() - started
+            time.sleep(0.1)
+
+    @staticmethod
+    def outcome(run, status):
+        if status == 0 and run.state == "done":
+            return "done", f"{run.read('summary.json')['val_loss']:.4f}"
+        if status == STOPPED:
+            return "stopped", "stopped by a signal, and saved"
+        lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()
+        errors = [line for line in lines if line.startswith("error: ")] or lines
+        line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
+        if "not finite" in line:
+            write_whole(run.folder / "diverged.txt", line + "\n")  # so that the next call does not try again
+            return "diverged", line
+        return "failed", line
+
+    def stop(self):
+        """Ask all children to save and end, and wait until they have."""
+        for child in self.children:
+            child.send_signal(signal.SIGTERM)
+        for child in self.children:
+            child.wait()
+        stopped = len(self.children)
+        self.children.clear()
+        return stopped
