@@ -176,7 +176,8 @@ def test_validation_reads_the_same_windows_whatever_the_batch(dataset, tmp_path,
                                    "--load_balance_coef=100"))
         torch.manual_seed(0)
         model, split = GPT(config.model), Dataset(dataset, 32).val
-        handle = model.register_forward_pre_hook(lambda module, args, batch=batch: shapes.add(args[0].shape == (batch, 32)))
+        handle = model.register_forward_pre_hook(lambda module, args, batch=batch:
+                                                 shapes.add((*args[0].shape, module.training) == (batch, 32, False)))
         found.append(evaluate(model, split, config, Alone()))
         handle.remove()
         assert model.training
