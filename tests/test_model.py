@@ -10,7 +10,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import COMPILER, ROOT, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
+from conftest import ROOT, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
 from torch.nn import functional as F
 
 import model as model_file
@@ -245,22 +245,6 @@ def test_a_cached_step_reads_one_position():
     assert rows == [5, 5] + [1] * 20
 
 
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_parts_are_the_same_function():
-    model = randomize_scales(tiny_gpt(**UNIFIED))
-    idx, targets = tiny_batch()
-    _, grads = gradients(model, idx, targets)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model.compile_parts()
-    _, compiled = gradients(model, idx, targets)
-    for name, grad in grads.items():
-        torch.testing.assert_close(compiled[name], grad, rtol=1e-4, atol=1e-5, msg=name)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # one block, the head's product, the loss
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert set(model.state_dict()) == set(tiny_gpt(**UNIFIED).state_dict())
-
-
 @pytest.mark.parametrize("keys, message", [
     (dict(n_embd=30), r"n_embd=30 is not divisible by n_head=4: choose n_embd=32"),
     (dict(n_embd=12), r"n_embd/n_head=3 is odd"),
@@ -284,17 +268,3 @@ def test_impossible_configurations(keys, message):
 def test_sequence_too_long():
     with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
         tiny_gpt()(torch.zeros(1, 17, dtype=torch.long))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("keys", [{}, UNIFIED], ids=["baseline", "unified"])
-def test_cuda_bf16_compiled_agrees_with_float32(keys):
-    model, (idx, targets) = randomize_scales(tiny_gpt(n_embd=128, d_ff=256, **keys)), tiny_batch()
-    _, expected = gradients(model, idx, targets)
-    model = model.cuda()
-    model.compute_dtype = torch.bfloat16
-    model.compile_parts()
-    _, grads = gradients(model, idx.cuda(), targets.cuda())
-    for name, grad in expected.items():
-        found = grads[name].cpu()
-        assert (found - grad).norm() <= 0.05 * grad.norm() + 1e-6, name
