@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from config import flat, known_key, load_config, parse_value, read_config_file
+from config import check_type, flat, known_key, load_config, parse_value, read_config_file
 from data import Dataset, get_encoding
 from from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
 from norms import fold_scale_vectors
@@ -175,14 +175,14 @@ def check_same_tokens(encoding, tokenizer):
                          f"{theirs[:5]}... where that gives {ours[:5]}...")
 
 
-def last_evaluation(run):
-    """The last eval event of a run's log, or None."""
+def last_evaluation(run, step):
+    """The last eval event of a run's log, up to a checkpoint's step, or None."""
     path = Path(run) / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # a crash may have cut a line
             event = json.loads(line)
-            if event.get("event") == "eval":
+            if event.get("event") == "eval" and event["step"] <= step:
                 return event
     return None
 
@@ -208,7 +208,7 @@ def strategy(c):
 
 def model_card(run, model, keys, step, encoding, name, why):
     """The text of README.md. keys: the run's config.json."""
-    c, event = model.config, last_evaluation(run)
+    c, event = model.config, last_evaluation(run, step)
     loaded = "" if name else ", trust_remote_code=True"
     facts = {
         "architecture": f"stock `{name}`: {why}" if name else f"our own code, in this folder: {why}",
@@ -298,7 +298,7 @@ def import_run(folder, out, argv):
     start = out / "start.py"
     with new_folder(out) as temporary:
         values = {**given, **shape, "out_dir": str(out)}
-        (temporary / "start.py").write_text(f"# the model of {folder}, to be trained on: python train.py {start} --resume\n"
+        (temporary / "start.py").write_text(f"# the model of {str(folder)!r}, to be trained on with --resume\n"
                                             + "".join(f"{key} = {value!r}\n" for key, value in values.items()))
         config = load_config([str(temporary / "start.py")])
         dataset = Dataset(config.dataset, c.block_size, c.vocab_size)
@@ -320,7 +320,7 @@ def given_keys(argv):
     for flag in flags:
         key, given, text = flag[2:].partition("=")
         fixed[key] = parse_value(known_key(key, "the command line"), text if given else "True")
-    values = {**values, **fixed}
+    values = {key: check_type(key, value) for key, value in {**values, **fixed}.items()}
     for key in ("out_dir", "resume", "overwrite"):
         values.pop(key, None)
     return values, set(fixed) & set(values)

@@ -56,7 +56,8 @@ def write_run(out, keys, tokenizer="bytes"):
     config = load_config([f"--{key}={value}" for key, value in keys.items()] + [f"--out_dir={out}", "--max_iters=200"])
     out.mkdir()
     (out / "config.json").write_text(json.dumps(flat(config)))
-    (out / "log.jsonl").write_text('{"event": "eval", "step": 7, "tokens": 12345, "val_loss": 3.21, "val_bpb": 1.5}\n')
+    (out / "log.jsonl").write_text('{"event": "eval", "step": 7, "tokens": 12345, "val_loss": 3.21, "val_bpb": 1.5}\n'
+                                 '{"event": "eval", "step": 9, "tokens": 99999, "val_loss": 2.0, "val_bpb": 1.0}\n')  # after the checkpoint
     save_checkpoint(out, 7, {"model": model.state_dict(), "optimizer": {}, "config": flat(config), "tokenizer": tokenizer, "rng": [],
                              "seconds": 0.0, "data": {"sequences": 0, "train_tokens": 1}}, 1)
     return model
@@ -231,7 +232,7 @@ def test_model_card(tmp_path):
                  "1.5000 bits/byte", "261 rows, 257 of them tokens", "trust_remote_code=True",
                  "DNP normalizes the output of v, gate, up, head"):
         assert fact in card
-    assert (export.commit() or "unknown") in card
+    assert "99,999" not in card and (export.commit() or "unknown") in card
 
 
 def test_tokenizer_that_is_not_known(tmp_path):

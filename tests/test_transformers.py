@@ -179,6 +179,7 @@ def test_import_refusals(dataset, tmp_path, capsys):
     theirs_on_disk("Llama", tmp_path / "hf")
     transformers.PreTrainedTokenizerFast(tokenizer_object=_words()).save_pretrained(tmp_path / "hf")
     for argv, line in ((["--n_layer=3"], "--n_layer=3 is not the checkpoint's, 2"), (["--n_layers=3"], "unknown key 'n_layers'"),
+                       (["--block_size=long"], "block_size='long' is of the wrong type"),
                        ([], "gives other ids than 'bytes'")):
         capsys.readouterr()
         request = ["--from-hf", str(tmp_path / "hf"), "--out", str(tmp_path / "out"), f"--dataset={dataset}", "--max_iters=200"]
