@@ -74,6 +74,8 @@ def test_power_law_and_multiplier():
     # the improved curve is the baseline's with 1.25 times the compute, so the multiplier is 1.25 everywhere
     improved = power_law(compute, [7.0 * (1.25 * c) ** -0.05 for c in compute])
     assert compute_multiplier(law, improved, 1e16) == pytest.approx(1.25) == compute_multiplier(law, improved, 1e18)
+    more = compute_multiplier((7.0, 0.05), (8.0, 0.06), 1e16)  # by the definition: the baseline's loss with `more` times the compute
+    assert 7.0 * (more * 1e16) ** -0.05 == pytest.approx(8.0 * 1e16 ** -0.06)
 
 
 def test_bootstrap_covers_the_truth():
@@ -219,7 +221,7 @@ def test_smoke_interrupted_and_resumed(tmp_path):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=120)
+    out, err = first.communicate(timeout=600)
     assert first.returncode == 130 and len(err.splitlines()) == 1 and "the same command resumes them" in err
     assert not list(tmp_path.glob("results/*"))
     done = [p.parent for p in tmp_path.glob("runs/*/summary.json")]
@@ -227,7 +229,7 @@ def test_smoke_interrupted_and_resumed(tmp_path):
     before = {folder: snapshot(folder) for folder in done}
 
     second = spawn(command, tmp_path)
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=600)
     assert second.returncode == 0, out + err
     assert all(snapshot(folder) == files for folder, files in before.items())
     results = json.loads((tmp_path / "results" / "smoke_cpu.json").read_text())
@@ -240,7 +242,7 @@ def test_smoke_interrupted_and_resumed(tmp_path):
 
     everything = snapshot(tmp_path / "runs")
     third = spawn(command, tmp_path)  # nothing is left to do
-    assert third.wait(timeout=120) == 0 and snapshot(tmp_path / "runs") == everything
+    assert third.wait(timeout=600) == 0 and snapshot(tmp_path / "runs") == everything
 
 
 def test_a_diverging_row_is_reported_and_not_repeated(tmp_path, capsys):

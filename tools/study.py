@@ -120,7 +120,8 @@ def losses_of(folders, study, scale, protocol="both"):
         for cell in new:
             runs[cell] = run = run_of(folders, study, scale, cell)
             if run.state in ("done", "diverged"):
-                losses[cell] = run.read("summary.json")["val_loss"] if run.state == "done" else math.inf
+                loss = run.read("summary.json")["val_loss"] if run.state == "done" else None
+                losses[cell] = math.inf if loss is None else loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
