@@ -318,7 +318,7 @@ def main(folder="figures"):
         path = Path(folder) / f"theory_{name}.png"
         draw(plt).savefig(path)
         plt.close("all")
-        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
+        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes
         print(f"{done}/{len(FIGURES)}  {path}  {draw.__doc__}  ({time.time() - begun:.0f} s)", flush=True)
 
 
