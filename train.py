@@ -231,7 +231,6 @@ def train(config, process):
     if process.restarts:  # torchrun's restart of a run continues it, also one that began by discarding another
         config.resume, config.overwrite = True, False
     # everything that can be wrong with the request comes first; the folder changes once a step is made
-    share_batch(config, process.count)
     dataset = open_dataset(config, process)
     encoding = get_encoding(dataset.tokenizer) if config.sample_tokens else None
     with contextlib.closing(RunFolder(config)) as folder:
@@ -285,6 +284,7 @@ def main(argv):
             raise ValueError("which model? Start with `python train.py configs/quickstart.py`, two minutes on a laptop; configs/ holds "
                              "others, and `python train.py --help` lists every key")
         config = load_config(argv)
+        share_batch(config, process.count)  # raises what all processes raise, before they meet
         process.start(config)
         return train(config, process)
     except (Exception, KeyboardInterrupt) as error:
