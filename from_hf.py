@@ -71,7 +71,7 @@ def check_features(c, block_size):
     if slides and getattr(c, "sliding_window", None) and c.sliding_window < block_size:
         raise ValueError(f"sliding_window={c.sliding_window} has no counterpart in our model: give --block_size={c.sliding_window} "
                          f"or less, within which it is full attention")
-    ropes = [c.rope_parameters] if "rope_theta" in c.rope_parameters else [c.rope_parameters[layer] for layer in layers]
+    ropes = [c.rope_parameters[layer] for layer in layers if layer in c.rope_parameters] or [c.rope_parameters]
     for rope in ropes:
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_type={rope['rope_type']!r} (rope scaling) has no counterpart in our model")

@@ -24,7 +24,7 @@ KINDS = {
     "Llama": {}, "Llama, tied": {"tie_word_embeddings": True}, "Mistral": {"sliding_window": None}, "Qwen3": {},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "Gemma3": {"hidden_activation": "silu", "query_pre_attn_scalar": 5, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True,
-               "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+               "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), SHAPE["rope_parameters"])},
 }
 
 
