@@ -433,7 +433,8 @@ class GPT(nn.Module):
                 context, caches = context[:, -(size // 2 or 1):], None
             if caches is None or not use_cache:
                 caches, new = [[] for _ in self.layers], context
-            logits = self(new, caches=caches)[0][:, -1].float()
+            with torch.compiler.set_stance("force_eager"):  # each length would compile anew
+                logits = self(new, caches=caches)[0][:, -1].float()
             if top_k:
                 logits[logits < logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]] = -float("inf")
             if temperature == 0:

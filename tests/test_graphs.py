@@ -94,6 +94,8 @@ def test_graphs_and_recompiles(keys, dtype, parts):
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= tolerance * grad.norm() + 1e-6, name
     assert model.state_dict().keys() == plain.state_dict().keys()
+    list(model.eval().generate(tiny_batch(length=5)[0], 3))
+    assert counted() == (2 * parts, 0)  # a sample, whose every length would be another graph, compiles nothing
 
 
 @pytest.mark.slow

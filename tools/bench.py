@@ -160,6 +160,8 @@ def race(config, names, rounds, say):
     """Times of the variants at one shape. -> a dict for JSON."""
     process = Process()
     process.start(config)
+    torch._dynamo.reset()  # PyTorch goes over to eager, in silence, after so many variants of one function: forget other races, and
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # be told
     contestants, before = [], graphs()
     for name in names:
         first = next((c for c in contestants if VARIANTS[c.name] is not None), None)

@@ -63,7 +63,8 @@ class PlainGPT(nn.Module):
         return None, self.loss(x, targets)
 
     def loss(self, x, targets):
-        logits = self.head(self.norm(x)).float()
+        logits = self.head(self.norm(x))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def auxiliary_loss(self):
