@@ -11,4 +11,5 @@ d_shared_expert = 2560
 block_size = 4096
 batch_size = 4
 gradient_accumulation_steps = 128
+eval_iters = 50
 learning_rate = 2e-3
