@@ -7,10 +7,12 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, UNIFIED_CONFIG, refused
+import torch
+from conftest import ROOT, UNIFIED_CONFIG, refused, tiny_batch
 
 from config import FIELDS, TrainConfig, flat, load_config, meta_model, share_batch, tokens_per_step
-from model import GPTConfig
+from model import GPT, GPTConfig
+from optim import learning_rate, make_optimizer, param_groups, set_learning_rate
 
 SHORT = ["--max_iters=500"]  # nothing to work out
 
@@ -137,7 +139,28 @@ def test_share_batch():
             share_batch(config, n)
 
 
-@pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
+CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_loads_and_its_model_can_be_built(path):
     config = load_config([str(ROOT / path)])
     assert meta_model(config).num_params() > 0 and config.max_iters > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_trains_a_step_at_a_reduced_shape(path):
+    """The file's own variant, optimizer, decay and schedule, on a model of one narrow layer: every parameter moves."""
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=16", "--vocab_size=61", "--max_iters=2000"]
+    mixture = load_config([str(ROOT / path)]).model.n_expert > 0
+    config = load_config([str(ROOT / path), *small, *(["--d_expert=21", "--d_shared_expert=40"] if mixture else [])])
+    torch.manual_seed(0)
+    model = GPT(config.model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = param_groups(model, config.weight_decay, config.scale_weight_decay, config.decay_embeddings, config.scale_lr)
+    optimizer = make_optimizer(groups, config.optimizer, config.learning_rate, (config.beta1, config.beta2), config.muon_momentum)
+    set_learning_rate(optimizer, learning_rate(config.warmup_iters, config))
+    loss = model(*tiny_batch(batch=16))[1]
+    (loss + model.auxiliary_loss()).backward()
+    optimizer.step()
+    assert loss.isfinite() and all((p != before[name]).any() for name, p in model.named_parameters())
