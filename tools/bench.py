@@ -52,13 +52,13 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def timed(function):
+def timed(function, clock=time.perf_counter):
     """Seconds that function() takes, the device's work included."""
-    started = time.perf_counter()
+    started = clock()
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def spread(values):
@@ -145,13 +145,13 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def interleave(contestants, rounds, say):
+def interleave(contestants, rounds, say, clock=time.perf_counter):
     """{name: seconds of a step in each round}: one step of each in turn, each round begun by the next one."""
     seconds = {c.name: [] for c in contestants}
     for number in range(rounds):
         turn = number % len(contestants)
         for c in contestants[turn:] + contestants[:turn]:
-            seconds[c.name].append(timed(c.step))
+            seconds[c.name].append(timed(c.step, clock))
         say(f"  round {number + 1}/{rounds}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))
     return seconds
 
@@ -169,7 +169,9 @@ def race(config, names, rounds, say):
         say(f"  {name}: first step {timed(c.step):.1f} s")  # compiles, and makes AdamW's moments
         c.step()
     compiled = graphs()
-    seconds = interleave(contestants, rounds, say)
+    # on a CPU the processor's time in this process: other programs disturb it less
+    clock = time.perf_counter if process.device.type == "cuda" else time.process_time
+    seconds = interleave(contestants, rounds, say, clock)
     recompiled, tokens = graphs() - compiled, config.batch_size * config.gradient_accumulation_steps * config.model.block_size
     rows = {}
     for c in contestants:
@@ -183,7 +185,7 @@ def race(config, names, rounds, say):
     model = dataclasses.asdict(config.model)
     return {"shape": {key: value for key, value in model.items() if not key.startswith("scale_")}, "batch_size": config.batch_size,
             "micro_steps": config.gradient_accumulation_steps, "optimizer": config.optimizer, "dtype": str(process.dtype)[6:],
-            "compiled": process.compile, "graphs": compiled - before, "recompiled_in_the_rounds": recompiled,
+            "clock": clock.__name__, "compiled": process.compile, "graphs": compiled - before, "recompiled_in_the_rounds": recompiled,
             "attention": contestants[0].attention(), "variants": rows}
 
 
