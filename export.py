@@ -28,12 +28,12 @@ import torch
 
 from config import check_type, flat, known_key, load_config, parse_value, read_config_file
 from data import Dataset, get_encoding
-from from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
+from hf.from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
 from norms import fold_scale_vectors
 from run import save_checkpoint
 from sample import load_model
 
-CODE = ("modeling_scale_vectors.py", "model.py", "norms.py")
+CODE = ("hf/modeling_scale_vectors.py", "model.py", "norms.py")
 PROBE = "def f(x):\n    return x + 1  # The café's 3 naïve tests, №42:\n\n\t'don’t'\r\n"  # where tokenizers that differ show it
 
 
@@ -124,7 +124,7 @@ def transformers_model(model, ids):
             theirs = getattr(transformers, name)(stock_config(name, model.config, tied, ids))
             theirs.load_state_dict(stock_state(folded, tied))
         else:
-            from modeling_scale_vectors import ScaleVectorsConfig, ScaleVectorsForCausalLM
+            from hf.modeling_scale_vectors import ScaleVectorsConfig, ScaleVectorsForCausalLM
             theirs = ScaleVectorsForCausalLM(ScaleVectorsConfig(**vars(model.config), **ids))
             theirs.load_state_dict({f"gpt.{key}": value for key, value in model.state_dict().items()})
             theirs.config.auto_map = {"AutoConfig": "modeling_scale_vectors.ScaleVectorsConfig",
@@ -135,9 +135,9 @@ def transformers_model(model, ids):
 
 def write_code(folder):
     """Our own code beside the weights. transformers wants files of one folder to import each other relatively."""
-    for name in CODE:
-        text = (Path(__file__).parent / name).read_text()
-        (folder / name).write_text(re.sub(r"^from (norms|model) import", r"from .\1 import", text, flags=re.MULTILINE))
+    for path in (Path(__file__).parent / name for name in CODE):
+        text = path.read_text()
+        (folder / path.name).write_text(re.sub(r"^from (norms|model) import", r"from .\1 import", text, flags=re.MULTILINE))
 
 
 def is_known(encoding):

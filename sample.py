@@ -20,7 +20,7 @@ def load_model(out_dir):
     """(model, encoding, step) of the newest whole checkpoint in out_dir, or of a folder that export.py wrote."""
     out_dir = os.path.expanduser(out_dir)
     if os.path.isdir(out_dir) and any(name.endswith(".safetensors") for name in os.listdir(out_dir)):
-        from from_hf import load_exported  # its packages are optional
+        from hf.from_hf import load_exported  # its packages are optional
         return load_exported(out_dir)
     found = newest_checkpoint(out_dir, say=lambda line: print(line, file=sys.stderr))
     if found is None:

@@ -21,7 +21,7 @@ pytest.importorskip("safetensors", reason="needs the optional package safetensor
 import export  # noqa: E402
 from config import flat, load_config  # noqa: E402
 from data import get_encoding  # noqa: E402
-from from_hf import need, same_logits  # noqa: E402
+from hf.from_hf import need, same_logits  # noqa: E402
 from run import save_checkpoint  # noqa: E402
 from sample import load_model  # noqa: E402
 
