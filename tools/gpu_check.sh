@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What to run first on a new GPU, each part under ten minutes on one H100; writes results/gpu_A.json, gpu_B.json, gpu_C.json.
+# What to run first on a new GPU, each part meant for ten minutes of one H100 (no one has timed it there yet); writes results/gpu_A.json, gpu_B.json, gpu_C.json.
 #
 #   bash tools/gpu_check.sh A    is it right? every CUDA test of the suite, and numbers that a test cannot judge; the card's ceilings
 #   bash tools/gpu_check.sh B    is it fast? 0.12B, 0.5B, MoE-0.5B; the head alone; the optimizers
