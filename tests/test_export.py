@@ -12,8 +12,10 @@ import tiktoken
 import torch
 from conftest import TINY, UNIFIED, UNIFIED_CONFIG, randomize_scales, read_log, start, tiny_gpt, trained
 from conftest import run as run_program
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
+pytest.importorskip("hypothesis", reason="needs the optional package hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs the optional package transformers, 5 or later")
 pytest.importorskip("safetensors", reason="needs the optional package safetensors")
