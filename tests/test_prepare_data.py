@@ -6,6 +6,7 @@ finished, and nothing is ever removed that prepare_data did not write.
 import errno
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -26,6 +27,8 @@ import prepare_data
 from data import Dataset, get_encoding
 from documents import HubInput, Input, is_validation, read_documents
 from prepare_data import document_digests, find_files, foreign, main, prepare, verify
+
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs the optional package pyarrow")
 
 
 def documents_of(folder, split, encoding="bytes"):
@@ -119,7 +122,7 @@ def test_verify(dataset, tmp_path, capsys):
     ("a.json", b'[{"text": "x"}, {"text": "y"}]', "a.json: a JSON array, not one JSON object a line"),
     ("a.jsonl", b'[\n{"text": "x"}\n]', "a.jsonl: a JSON array, not one JSON object a line"),
     ("a.json", b'{\n "text": "x"\n}', "a.json: not one JSON object a line"),
-    ("a.parquet", b"PAR1 and no more", "a.parquet: not a whole parquet file"),
+    pytest.param("a.parquet", b"PAR1 and no more", "a.parquet: not a whole parquet file", marks=needs_pyarrow),
     ("a.txt.gz", b"not gzip", "a.txt.gz: not a complete .gz file"),
     ("a.txt.gz", gzip.compress(b"text" * 1000)[:-10], "a.txt.gz: not a complete .gz file"),
     ("a.pdf", b"x", r"a.pdf: .pdf cannot be read: give .txt, .md, .py, .jsonl"),
@@ -183,7 +186,8 @@ def test_what_a_folder_holds_besides_text_is_said(tmp_path, capsys):
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", b'{"body": "x"}\n', "a.jsonl, line 1: no text in field 'text' \\(it has: body\\): name another with --field"),
     ("a.jsonl", b"{", "a.jsonl, line 1: not JSON"), ("a.jsonl", b"\xff", "a.jsonl: not UTF-8 text"),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a complete .gz file"), ("a.parquet", b"no parquet", "a.parquet: not a whole parquet file")])
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a complete .gz file"), 
+    pytest.param("a.parquet", b"no parquet", "a.parquet: not a whole parquet file", marks=needs_pyarrow)])
 def test_a_wrong_data_file_in_a_folder_ends_the_preparation_before_it_starts(tmp_path, name, content, message, monkeypatch, capsys):
     folder = write_texts(tmp_path / "in", 60)
     (folder / name).write_bytes(content)

@@ -329,6 +329,7 @@ def test_docs_and_readme_hold_the_results_numbers():
 
 
 def test_fill_writes_numbers_between_markers(tmp_path):
+    pytest.importorskip("scipy", reason="intervals need the optional package scipy")
     losses = {("m", row, 1e-3, seed): {"a": 2.0, "b": 1.5}[row] + seed / 100 * (row == "b") for row in "ab" for seed in (1, 2)}
     scale = {"seeds": (1, 2), "models": {"m": {"learning_rates": (1e-3,)}}}
     results = {"study": "s", "rows": STUDY["rows"], "results": summarize(STUDY, scale, losses), "fit": None}
