@@ -186,7 +186,7 @@ def test_what_a_folder_holds_besides_text_is_said(tmp_path, capsys):
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", b'{"body": "x"}\n', "a.jsonl, line 1: no text in field 'text' \\(it has: body\\): name another with --field"),
     ("a.jsonl", b"{", "a.jsonl, line 1: not JSON"), ("a.jsonl", b"\xff", "a.jsonl: not UTF-8 text"),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a complete .gz file"), 
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a complete .gz file"),
     pytest.param("a.parquet", b"no parquet", "a.parquet: not a whole parquet file", marks=needs_pyarrow)])
 def test_a_wrong_data_file_in_a_folder_ends_the_preparation_before_it_starts(tmp_path, name, content, message, monkeypatch, capsys):
     folder = write_texts(tmp_path / "in", 60)
