@@ -16,7 +16,7 @@ rows = {
     "HG + DNP + ER + IWD": {**HG, **DNP, **ER, **IWD},
     "HG + DP + OR": {**HG, **DP, **OR},
     "HG + DP + ER": {**HG, **DP, **ER},
-    "baseline, γ not decayed": NO_DECAY,  # ours: a decay policy belongs to the baseline's tuning
+    "baseline without decay on γ": NO_DECAY,  # ours: a decay policy belongs to the baseline's tuning
 }
 comparisons = {
     ("HG", "baseline"): {"0.12B": -0.0044},
@@ -25,7 +25,7 @@ comparisons = {
     ("HG + DNP + OR", "HG + DP"): {"0.12B": -0.0245}, ("HG + DNP + ER", "HG + DP"): {"0.12B": -0.0237},
     ("unified", "HG + DNP + OR"): {"0.12B": -0.0009}, ("HG + DNP + ER + IWD", "HG + DNP + OR"): {"0.12B": -0.0004},
     ("unified", "baseline"): {"0.12B": -0.0331},
-    ("baseline, γ not decayed", "baseline"): {}, ("unified", "baseline, γ not decayed"): {},
+    ("baseline without decay on γ", "baseline"): {}, ("unified", "baseline without decay on γ"): {},
 }
 panels = [["baseline", "HG", "unified"], ["HG", "HG + AP", "HG + DP", "HG + DNP"],
           ["HG + DP", "HG + DP + OR", "HG + DP + ER", "HG + DNP + OR", "HG + DNP + ER"],

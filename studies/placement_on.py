@@ -4,9 +4,9 @@ from studies.common import CPU, DP, GPU, HG, UNIFIED
 title = "Which maps"
 question = "what do the output projection, o and down contribute, and what do row and column multipliers alone?"
 rows = {"baseline": {}, "unified": UNIFIED,
-        "unified, not on the head": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
-        "unified, on o and down too": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up,head,o,down"},
+        "unified but the head": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
+        "unified on o and down too": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up,head,o,down"},
         "learnable multipliers": {**HG, **DP, "scale_placement_on": "q,k,v,gate,up,head,o,down"}}
-comparisons = {("unified", "baseline"): {}, ("unified, not on the head", "unified"): {}, ("unified, on o and down too", "unified"): {},
+comparisons = {("unified", "baseline"): {}, ("unified but the head", "unified"): {}, ("unified on o and down too", "unified"): {},
                ("learnable multipliers", "baseline"): {}}
 scales = {"cpu": CPU, "gpu": GPU}

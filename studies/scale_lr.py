@@ -5,6 +5,6 @@ title = "Learning rate of scale vectors"
 question = "does a larger learning rate on scale vectors give what OR gives?"
 rows = {"baseline": {}, "HG + DNP + IWD": {**HG, **DNP, **IWD}, "unified": UNIFIED}
 for factor in (3.0, 10.0):
-    rows |= {f"{row}, x{factor:g}": {**rows[row], "scale_lr": factor} for row in ("baseline", "HG + DNP + IWD", "unified")}
-comparisons = {(row, row.partition(", x")[0] if ", x" in row else "baseline"): {} for row in list(rows)[1:]}
+    rows |= {f"{row} x{factor:g}": {**rows[row], "scale_lr": factor} for row in ("baseline", "HG + DNP + IWD", "unified")}
+comparisons = {(row, row.partition(" x")[0] if " x" in row else "baseline"): {} for row in list(rows)[1:]}
 scales = {"cpu": CPU, "gpu": GPU}
