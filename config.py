@@ -10,8 +10,10 @@ Every key of a run, and how `CONFIG --key=value ...` becomes one checked configu
 import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import os
+import re
 import sys
 import types
 from dataclasses import dataclass, field
@@ -197,6 +199,16 @@ def run_config(tree, path):
             if str(getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
                 del sys.modules[name]
     return names
+
+
+def describe_keys():
+    """Every key on a line with its default and the comment that stands beside it in the source."""
+    lines = []
+    for kind in (TrainConfig, GPTConfig):
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
+        lines += [f"  {f.name + '=' + repr(f.default):<34}  {comments.get(f.name, '')}".rstrip() for f in dataclasses.fields(kind)
+                  if f.name in FIELDS]
+    return "\n".join(lines)
 
 
 def nearest(name, names):

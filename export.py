@@ -29,7 +29,7 @@ import torch
 from config import check_type, flat, known_key, load_config, parse_value, read_config_file
 from data import Dataset, get_encoding
 from hf.from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
-from norms import fold_scale_vectors
+from norms import PLACEMENTS, fold_scale_vectors
 from run import save_checkpoint
 from sample import load_model
 
@@ -43,6 +43,8 @@ PROBE = "def f(x):\n    return x + 1  # The café's 3 naïve tests, №42:\n\n\t
 def stock_architecture(model):
     """(name of the class of transformers that computes the same function, or None; why). model: a GPT, folded."""
     c = model.config
+    if c.placed_maps and c.scale_placement != "dual_norm" and not PLACEMENTS[c.scale_placement].linear:
+        return None, f"scale_placement={c.scale_placement!r} is not a linear map"
     normalized = c.placed_maps if c.scale_placement == "dual_norm" else []
     others = [name for name in normalized if name not in ("q", "k")]
     if others:
@@ -292,7 +294,8 @@ def import_run(folder, out, argv):
         if given[key] != shape[key]:
             raise ValueError(f"--{key}={given[key]} is not the checkpoint's, {shape[key]}: leave it out")
     normalized = {"q", "k"} if theirs.config.model_type in NORMALIZE_QK else set()
-    changed = c.scale_placement == "dual_norm" and bool(set(c.placed_maps) - normalized)
+    kept = normalized if c.scale_placement == "dual_norm" else set()
+    changed = not PLACEMENTS[c.scale_placement].linear and bool(set(c.placed_maps) - kept)
     difference = None if changed else same_logits(model, theirs)
     out = Path(out).expanduser()
     start = out / "start.py"

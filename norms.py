@@ -21,6 +21,7 @@ Nothing of ours is imported here.
 """
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,8 @@ class ScaleVector(nn.Module):
 
     shape        (d,) or (E, d)
     input_norm   True: a linear map follows immediately, as after a Pre-Norm. False: none does (section 2.2)
-    absorbable   True: a linear map beside it, before or after, can take it over exactly. Ours; proved by folding in the tests
+    absorbable   True: a linear map beside it, before or after, can take it over exactly. Ours; proved by folding in the tests. It is
+                 not the same: AP's and DP's γ_a, and DNP's of v and up, follow no Input-Norm and can be absorbed
     reparam      "none": parameter `gamma`; "original" (OR), "exponential" (ER): `alpha` and `beta`; "zero_centered": `alpha`
     magnitude    False leaves OR's and ER's β at its start: a Norm that follows would undo it (see ScaledLinear)
     Raises ValueError on an unknown reparam.
@@ -164,10 +166,11 @@ def branch_scale_vectors(branches, heterogeneous, make):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. placement around a linear map
 #
-# The placements take lists, one entry a branch, because the branches that read one x run as one product. Two routes lead to the
-# same value. By activations, the textbook's: multiply x, then y. By weights: scale W in its own dtype, float32, on its way to the
-# compute dtype; that cast reads W anyway, and branches with vectors of their own stay one product (ours, as is the choice "auto":
-# a γ that all branches share multiplies x, where its gradient joins the norm's; every other one multiplies W).
+# The placements take lists, one entry a branch, because the branches that read one x run as one product. There are two ways to
+# compute the same. "activations", the textbook's: multiply x by γ_b and y by γ_a. "weights": multiply W by both, in its own dtype,
+# float32, on its way to the compute dtype; that cast reads W anyway, and branches with vectors of their own stay one product.
+# "auto" takes, for speed alone, activations for a γ that all branches share, whose gradient then joins the norm's, and weights for
+# every other (ours).
 
 class Rows(NamedTuple):
     """Which expert each row of x meets, where x is sorted by expert: its number (N,), and where each expert's rows end (E,) int32."""
@@ -250,16 +253,19 @@ def dual_placement(x, W, v, u, norm=None, **route):
     return scaled_product(x, W, v, u, **route)
 
 
-def dual_norm_placement(x, W, v, u, norm, **route):
+def dual_norm_placement(x, W, v, u, norm=None, rows=None, **route):
     """DNP (eq. 7): y_b = γ_a ⊙ Norm(W_b (γ_b ⊙ x)), a normalization between the map and its output-side vector. Norm acts on
-    each head of q, k, v and on the whole output of any other map. norm: (y_b, u_b, b's place in the list) -> output_norm of it,
-    or None to stop before the norm, for a caller that applies it piece by piece (the loss over the vocabulary)."""
-    y = scaled_product(x, W, v, [None] * len(W), **route)
-    return y if norm is None else [norm(y_b, u_b, i) for i, (y_b, u_b) in enumerate(zip(y, u))]
+    each head of q, k, v and on the whole output of any other map. norm: ([channels that are normalized together, for each b], ε).
+    None stops before the Norm, for a caller that goes through the output piece by piece, as the loss over the vocabulary does."""
+    y = scaled_product(x, W, v, [None] * len(W), rows=rows, **route)
+    if norm is None:
+        return y
+    widths, eps = norm
+    return [output_norm(y_b, u_b, width, eps, rows) for y_b, u_b, width in zip(y, u, widths)]
 
 
 class Placement(NamedTuple):
-    function: object  # one of the four above
+    function: Callable  # (x, W, v, u, norm, **route) -> [y_b], as the four above
     input_side: bool  # is there a γ_b?
     output_side: bool  # is there a γ_a?
     linear: bool  # is the whole a linear map, so that W can take γ_a over?
@@ -284,7 +290,7 @@ def output_norm(z, gamma, width, eps=1e-6, rows=None):
 
 class OutputNorm(nn.Module):
     """γ ⊙ Norm(z) that no linear map follows: Q/K-norm before RoPE, Gemma's norms on the outputs of attention and FFN (section 2.2).
-    The output's scale is γ itself and no weight can undo its decay, so it is never absorbable."""
+    No linear map follows directly, so no weight can absorb γ or undo its decay."""
 
     def __init__(self, dim, vectors=True, reparam="none", eps=1e-6):
         super().__init__()
@@ -299,7 +305,8 @@ class OutputNorm(nn.Module):
 # 6. the linear maps that read one stream, with their scale vectors
 
 class ScaledLinear(nn.Module):
-    """The linear maps ("branches", no biases) that read one stream x, and the scale vectors around them.
+    """The linear maps ("branches", no biases) that read one stream x, and the scale vectors around them. x comes normalized: the Norm of
+    a Pre-Norm is not in here. The matrices are not initialized: whoever makes this gives each weight[b] its values.
 
     in_features    d
     branches       {"q": (m_q,), ...}; (E, m) for a stack of E experts
@@ -311,18 +318,22 @@ class ScaledLinear(nn.Module):
     execution      "auto", "weights" or "activations": routes to the same function
     norm_width     {branch: channels that DNP normalizes together}, where it is not the whole output
     absorbed_by    {"v": (maps, "o")}: the ScaledLinear, and its branch, that can take over this branch's DNP output side,
-                   because only channel-wise operations stand between the two
+                   because only channel-wise operations stand between the two. In a plain dict: it is registered elsewhere
     tied           the weight serves elsewhere too (a tied head), so it cannot take over its vectors
     pad            outputs may keep the zeros that `linear` appends: what reads them is a ScaledLinear again
 
     forward: x (..., d) -> (..., m), or a list of them for several branches. Parameters: `weight.q` (m_q, d), `scale_in.q` under HG
     or `scale_in.q_k_v` when shared (`scale_in.shared` if there are more than three), `scale_out.q`.
+    Raises ValueError on an unknown placement.
     """
 
     def __init__(self, in_features, branches, placement, *, vectors=True, heterogeneous=False, reparam="none", execution="auto",
                  norm_width=None, eps=1e-6, absorbed_by=None, tied=False, pad=False):
         super().__init__()
         self.in_features, self.branches, self.tied, self.eps = in_features, dict(branches), tied, eps
+        for b in branches:
+            if placement[b] is not None and placement[b] not in PLACEMENTS:
+                raise ValueError(f"placement {placement[b]!r} of {b} is unknown: choose one of {', '.join(PLACEMENTS)}, or None")
         self.placement = {b: PLACEMENTS[placement[b]] if placement[b] else Placement(input_placement, False, False, True) for b in branches}
         self.norm_width = {b: (norm_width or {}).get(b, shape[-1]) for b, shape in branches.items()}
         self.absorbed_by, self.route = absorbed_by or {}, {"execution": execution, "pad": pad}
@@ -337,7 +348,8 @@ class ScaledLinear(nn.Module):
             return ScaleVector(branches[b], False, not tied if self.placement[b].linear else b in self.absorbed_by, reparam)
 
         scale_in, self.reads = {}, {}
-        inputs, outputs = ([b for b in branches if vectors and self.placement[b][side]] for side in (1, 2))
+        inputs = [b for b in branches if vectors and self.placement[b].input_side]
+        outputs = [b for b in branches if vectors and self.placement[b].output_side]
         if inputs:
             scale_in, self.reads = branch_scale_vectors(inputs, heterogeneous, make_input)
         self.scale_in = nn.ModuleDict(scale_in)
@@ -351,17 +363,14 @@ class ScaledLinear(nn.Module):
         y = {}
         for function in dict.fromkeys(self.placement[b].function for b in names):  # one product for those that are placed alike
             group = [b for b in names if self.placement[b].function is function]
-            norm = (lambda z, u_b, i, group=group: self._norm(group[i], z, u_b, rows)) if finish else None
+            norm = ([self.norm_width[b] for b in group], self.eps) if finish else None
             y.update(zip(group, function(x, [self.weight[b] for b in group], [v.get(self.reads.get(b)) for b in group],
                                          [u.get(b) for b in group], norm=norm, rows=rows, **self.route)))
         return y[names[0]] if len(names) == 1 else [y[b] for b in names]
 
-    def _norm(self, b, z, u_b, rows=None):
-        return output_norm(z, u_b, self.norm_width[b], self.eps, rows)
-
     def finish(self, b, z, u=None):
         """What forward(finish=False) has left undone for branch b, whose γ_a is u: DNP's γ_a ⊙ Norm(z), or nothing."""
-        return self._norm(b, z, u) if self.placement[b].function is dual_norm_placement else z
+        return output_norm(z, u, self.norm_width[b], self.eps) if self.placement[b].function is dual_norm_placement else z
 
     @torch.no_grad()
     def fold(self):

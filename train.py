@@ -6,7 +6,8 @@ Pre-training, on one CPU, one GPU, or many under torchrun.
   torchrun --nproc_per_node=8 train.py configs/unified_350m.py
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py configs/unified_350m.py
 
-A config is a plain Python file of assignments to the keys in config.py; --key=value overrides it, and a bare --key means True.
+A config is a plain Python file of assignments to the keys of config.py and model.py's GPTConfig; --key=value overrides it, and a bare
+--key means True.
 The global batch is batch_size x gradient_accumulation_steps sequences however many processes share it, and step s sees the
 same sequences on 1, 2 or 8. A step's number is the count of updates made before it.
 
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import BUILTIN, FIELDS, flat, load_config, share_batch, tokens_per_step
+from config import BUILTIN, describe_keys, flat, load_config, share_batch, tokens_per_step
 from data import Dataset, get_encoding, window_numbers
 from model import GPT
 from norms import named_scale_vectors
@@ -276,13 +277,13 @@ def finish(t, folder, log, result, encoding):
 
 def main(argv):
     if any(arg in ("-h", "--help") for arg in argv):
-        print(__doc__ + "\nkeys and defaults:\n  " + "\n  ".join(f"{f.name}={f.default!r}" for f in FIELDS.values()))
+        print(__doc__.partition("\n\n  training_step")[0] + "\n\nkeys and defaults:\n" + describe_keys())
         return 0
     process = Process()
     try:
         if not argv:
-            raise ValueError("which model? Start with `python train.py configs/quickstart.py`, two minutes on a laptop; configs/ holds "
-                             "others, and `python train.py --help` lists every key")
+            raise ValueError("which model? Start with `python train.py configs/quickstart.py`, two to three minutes on two cores; configs/ "
+                             "holds others, and `python train.py --help` lists every key")
         config = load_config(argv)
         share_batch(config, process.count)  # raises what all processes raise, before they meet
         process.start(config)

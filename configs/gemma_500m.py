@@ -9,4 +9,4 @@ post_norm = True
 optimizer = "muon"
 learning_rate = 4e-3
 max_iters = 5000  # 10B tokens; the paper's other run has 25000, 50B
-scale_weight_decay = "all"  # figure 3's baseline; compare with input_norm (IWD) and output_norm
+scale_weight_decay = "all"  # figure 3's baseline; compare with --scale_weight_decay=input_norm (IWD), output_norm

@@ -1,4 +1,4 @@
-# The unified strategy, HG + DNP + OR + IWD, on the built-in data: a minute or two on a laptop's CPU.
+# The unified strategy, HG + DNP + OR + IWD, on the built-in data: two to three minutes on two CPU cores.
 from configs.quickstart_baseline import *
 from configs.unified import *
 

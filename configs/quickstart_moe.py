@@ -1,5 +1,5 @@
 # The quickstart as a mixture of experts: 8 of a third of the width, 2 for each token, and 1 that all tokens share.
-# Looped experts are slower on a CPU, so it makes fewer steps.
+# In float32 the experts are a loop, which is slower, so it makes fewer steps.
 from configs.quickstart import *
 
 out_dir = "out/quickstart_moe"

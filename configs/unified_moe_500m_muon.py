@@ -1,4 +1,4 @@
-# MoE-0.5B under Muon (the paper's figure 8, appendix B).
+# Unified MoE-0.5B under Muon (the paper's figure 8, appendix B).
 from configs.unified_moe_500m import *
 
 out_dir = "out/unified_moe_500m_muon"

@@ -190,9 +190,7 @@ def test_dual_placement(execution):
 def test_dual_norm_placement(execution):
     x, W, v, u = (BRANCHES[key] for key in "xWvu")
 
-    def norm(z, u_b, b):
-        return output_norm(z, u_b, width=4, eps=1e-3)
-    for b, y in enumerate(dual_norm_placement(x, W, v, u, norm, execution=execution)):
+    for b, y in enumerate(dual_norm_placement(x, W, v, u, ([4, 4], 1e-3), execution=execution)):
         z = torch.einsum("md,d,btd->btm", W[b], v[b], x)
         for start in range(0, W[b].size(0), 4):  # group by group
             part = slice(start, start + 4)
@@ -232,6 +230,11 @@ def test_scaled_linear_runs_each_branch_as_it_is_placed():
     close(maps(x, ["c"], finish=False), z)
     close(maps.finish("c", z, u["c"]), c)
     assert maps.finish("a", z) is z
+
+
+def test_unknown_placement():
+    with pytest.raises(ValueError, match="placement 'duall' of a is unknown: choose one of input, after, dual, dual_norm, or None"):
+        ScaledLinear(6, {"a": (4,)}, {"a": "duall"})
 
 
 def test_a_magnitude_that_a_norm_undoes_is_not_trained():

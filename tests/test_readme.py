@@ -10,6 +10,7 @@ from conftest import ROOT, tiny_gpt
 
 import norms
 from config import FIELDS
+from export import stock_architecture
 from norms import fold_scale_vectors
 
 TEXT = (ROOT / "README.md").read_text()
@@ -17,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_new_variant_and_its_test(monkeypatch):
-    """"Fork it": the function goes into norms.py's own namespace; its test passes, a whole GPT takes it, folding respects it."""
+    """"Fork it": the function goes into norms.py's own namespace; its test passes, a whole GPT takes it, folding and export respect it."""
     monkeypatch.setattr(norms, "PLACEMENTS", norms.PLACEMENTS)
     variant, test = (block for block in BLOCKS if "dual_tanh" in block)
     try:
@@ -30,6 +31,7 @@ def test_the_new_variant_and_its_test(monkeypatch):
             model = tiny_gpt(scale_placement="dual_tanh", scale_heterogeneous=True, **shape)
             assert model(idx, idx)[1].isfinite()
             torch.testing.assert_close(fold_scale_vectors(model)(idx)[0], model(idx)[0], rtol=0, atol=1e-5)
+            assert stock_architecture(model) == (None, "scale_placement='dual_tanh' is not a linear map")
     finally:
         del norms.PLACEMENTS["dual_tanh"]
         del norms.dual_tanh_placement

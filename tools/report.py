@@ -1,7 +1,7 @@
 """
 Draw runs: loss curves, how each scale vector moved, branch by branch, and the norms of the matrices.
 
-  python -m tools.report out/quickstart_baseline out/quickstart              writes report.png, prints a table
+  python -m tools.report out/quickstart_baseline out/quickstart              writes the last run's report.png, prints a table
   python -m tools.report out/quickstart --out figures/quickstart.png
 
 Reads log.jsonl and summary.json of each run folder and nothing else. A last line that is half written, as a killed run leaves it, is
@@ -184,12 +184,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--out", default="report.png", help="the picture to write (default: report.png)")
+    parser.add_argument("--out", help="the picture to write (default: report.png in the last run's folder)")
     args = parser.parse_args(argv)
     try:
         print(table(args.runs))
-        report(args.runs, args.out)
-        print(f"wrote {args.out}")
+        out = args.out or Path(args.runs[-1]) / "report.png"
+        report(args.runs, out)
+        print(f"wrote {out}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except ImportError:
