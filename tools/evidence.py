@@ -228,7 +228,7 @@ def fill(text, folder=ROOT / "results"):
 def quote(results, what):
     """One number of the results as it stands in a sentence, or the whole table. Raises ValueError if there is no such thing."""
     if what == "table":
-        return f"\n{table(results)}\n"
+        return f"\n\n{table(results)}\n\n"
     if what == "multiplier":
         return multiplier(results["fit"]) if results.get("fit") else "not run yet"
     name, _, field = what.rpartition(": ")
