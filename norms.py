@@ -255,13 +255,13 @@ def dual_placement(x, W, v, u, norm=None, **route):
 
 def dual_norm_placement(x, W, v, u, norm=None, rows=None, **route):
     """DNP (eq. 7): y_b = γ_a ⊙ Norm(W_b (γ_b ⊙ x)), a normalization between the map and its output-side vector. Norm acts on
-    each head of q, k, v and on the whole output of any other map. norm: ([channels that are normalized together, for each b], ε).
+    each head of q, k, v and on the whole output of any other map. norm: ([(width, groups) for each b], ε), see output_norm.
     None stops before the Norm, for a caller that goes through the output piece by piece, as the loss over the vocabulary does."""
     y = scaled_product(x, W, v, [None] * len(W), rows=rows, **route)
     if norm is None:
         return y
-    widths, eps = norm
-    return [output_norm(y_b, u_b, width, eps, rows) for y_b, u_b, width in zip(y, u, widths)]
+    heads, eps = norm
+    return [output_norm(y_b, u_b, width, eps, rows, groups) for y_b, u_b, (width, groups) in zip(y, u, heads)]
 
 
 class Placement(NamedTuple):
@@ -280,12 +280,12 @@ PLACEMENTS = {"input": Placement(input_placement, True, False, True),
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Output-Norm
 
-def output_norm(z, gamma, width, eps=1e-6, rows=None):
-    """γ ⊙ Norm(z), Norm over groups of `width` channels: the heads of q, k, v, else all of them. z (..., m), gamma (m,), (E, m) or
-    None -> (..., m). One group may have zeros appended to it."""
-    if z.size(-1) < 2 * width:
+def output_norm(z, gamma, width, eps=1e-6, rows=None, groups=1):
+    """γ ⊙ Norm(z), Norm over each of `groups` groups of `width` channels: the heads of q, k, v, else one group of all. z (..., m),
+    gamma (m,), (E, m) or None -> (..., m). A single group may have zeros appended to it: z is then wider than width."""
+    if groups == 1:
         return scale_activation(rms_norm(z, eps, width), gamma, rows)
-    return scale_activation(rms_norm(z.unflatten(-1, (-1, width)), eps).flatten(-2), gamma, rows)
+    return scale_activation(rms_norm(z.unflatten(-1, (groups, width)), eps).flatten(-2), gamma, rows)
 
 
 class OutputNorm(nn.Module):
@@ -335,7 +335,8 @@ class ScaledLinear(nn.Module):
             if placement[b] is not None and placement[b] not in PLACEMENTS:
                 raise ValueError(f"placement {placement[b]!r} of {b} is unknown: choose one of {', '.join(PLACEMENTS)}, or None")
         self.placement = {b: PLACEMENTS[placement[b]] if placement[b] else Placement(input_placement, False, False, True) for b in branches}
-        self.norm_width = {b: (norm_width or {}).get(b, shape[-1]) for b, shape in branches.items()}
+        widths = {b: (norm_width or {}).get(b, shape[-1]) for b, shape in branches.items()}
+        self.heads = {b: (widths[b], shape[-1] // widths[b]) for b, shape in branches.items()}  # what DNP normalizes: (width, groups)
         self.absorbed_by, self.route = absorbed_by or {}, {"execution": execution, "pad": pad}
         self.weight = nn.ParameterDict({b: nn.Parameter(torch.empty(*shape, in_features)) for b, shape in branches.items()})
         normalized = [b for b, p in self.placement.items() if p.function is dual_norm_placement]
@@ -363,14 +364,15 @@ class ScaledLinear(nn.Module):
         y = {}
         for function in dict.fromkeys(self.placement[b].function for b in names):  # one product for those that are placed alike
             group = [b for b in names if self.placement[b].function is function]
-            norm = ([self.norm_width[b] for b in group], self.eps) if finish else None
+            norm = ([self.heads[b] for b in group], self.eps) if finish else None
             y.update(zip(group, function(x, [self.weight[b] for b in group], [v.get(self.reads.get(b)) for b in group],
                                          [u.get(b) for b in group], norm=norm, rows=rows, **self.route)))
         return y[names[0]] if len(names) == 1 else [y[b] for b in names]
 
     def finish(self, b, z, u=None):
         """What forward(finish=False) has left undone for branch b, whose γ_a is u: DNP's γ_a ⊙ Norm(z), or nothing."""
-        return output_norm(z, u, self.norm_width[b], self.eps) if self.placement[b].function is dual_norm_placement else z
+        width, groups = self.heads[b]
+        return output_norm(z, u, width, self.eps, groups=groups) if self.placement[b].function is dual_norm_placement else z
 
     @torch.no_grad()
     def fold(self):
@@ -386,7 +388,7 @@ class ScaledLinear(nn.Module):
         self.scale_in, self.reads = nn.ModuleDict(), {}
         for b, (after, name) in self.absorbed_by.items():
             if b in self.scale_out:  # grouped-query attention serves each value head to several query heads
-                u, width = self.scale_out[b](), self.norm_width[b]
+                u, (width, _) = self.scale_out[b](), self.heads[b]
                 heads = u.unflatten(-1, (-1, width)).repeat_interleave(after.in_features // u.size(-1), dim=-2)
                 after.weight[name].copy_(scale_weight(after.weight[name], v=heads.flatten(-2)))
                 del self.scale_out[b]
