@@ -30,8 +30,8 @@ def curves_of(results, model, row, rate):
 
 
 def relative_loss(results):
-    """A panel for each model and each of the study's panels: validation loss minus that of the panel's first row, paired by seed, mean and
-    95% interval over seeds, at the tuned rate; the paper's terminal difference as a dashed mark at the right."""
+    """A panel for each model and each of the study's panels: validation loss minus that of the panel's first row, paired by seed, its mean
+    over seeds, at the tuned rate, and at the end its 95% interval; the paper's terminal difference as a mark beyond the edge."""
     panels = [(model, rows) for model in results["results"] for rows in results["panels"]]
     columns, lines = min(2, len(panels)), -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 3.4 * lines), layout="constrained", squeeze=False)
@@ -47,10 +47,10 @@ def relative_loss(results):
             if not points:
                 continue
             axis.plot([t for t, _ in points], [p["difference"] for _, p in points], color=f"C{color}", label=row)
-            if points[-1][1]["low"] is not None:
-                low, high = ([p[side] for _, p in points] for side in ("low", "high"))
-                axis.fill_between([t for t, _ in points], low, high, color=f"C{color}", alpha=0.15, linewidth=0)
-            ends.append(points[-1][1]["difference"])
+            tokens, last = points[-1]
+            if last["low"] is not None:
+                axis.plot([tokens * (1.01 + 0.012 * color)] * 2, [last["low"], last["high"]], color=f"C{color}", linewidth=1.5)
+            ends.append(last["difference"])
             for c in results["results"][model]["comparisons"]:
                 if (c["row"], c["other"]) == (row, rows[0]) and c["paper"]:
                     ends.append(next(iter(c["paper"].values())))
@@ -65,7 +65,7 @@ def relative_loss(results):
         axis.legend(fontsize=8)
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    figure.supxlabel("bands: 95% interval of the difference, paired by seed; marks at the right edge: the paper's", fontsize=8)
+    figure.supxlabel("bars at the end: 95% interval of the difference, paired by seed; marks beyond the edge: the paper's", fontsize=8)
     return figure
 
 
