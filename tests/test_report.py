@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import run
 
-from tools.report import by_branch, by_matrix, names_of, read_log, report, smooth, table
+from tools.report import by_branch, by_matrix, finite, names_of, read_log, report, smooth, table
 
 image = pytest.importorskip("matplotlib.image", reason="needs the optional package matplotlib")
 
@@ -45,6 +45,20 @@ def test_the_picture_is_of_the_logs_numbers(tmp_path, monkeypatch):
     assert list(matrices[0].lines[0].get_ydata()) == [1.0, 13 / 3, 23 / 3]
 
 
+def test_what_is_not_finite_is_said_or_left_out(tmp_path):
+    folder = write_run(tmp_path / "a")
+    lines = [{"event": "eval", "step": 30, "tokens": 240, "val_loss": None},
+             {"event": "scale", "step": 30, "name": "head.scale_in.head", "mean": None, "std": None},
+             {"event": "matrix", "step": 30, "name": "layers.0.attn.qkv.weight.q", "norm": None}]
+    with open(folder / "log.jsonl", "a") as f:
+        f.write("".join(json.dumps(r) + "\n" for r in lines))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "val_loss": None}))
+    assert "not finite" in table([folder])
+    report([folder], tmp_path / "r.png")
+    assert (tmp_path / "r.png").is_file() and finite(read_log(folder)["matrix"]) == read_log(folder)["matrix"][:-1]
+
+
 def test_runs_of_one_name_are_kept_apart(tmp_path):
     a, b, c = (write_run(tmp_path / p) for p in ("x/s1/run", "y/s1/run", "y/other"))
     assert list(names_of([a, b, c, a])) == ["x/s1/run", "y/s1/run", "other"]
@@ -81,4 +95,10 @@ def test_errors(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(ValueError, match="no training step"):
         read_log(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"event": "eval", "step": 3}\n')
+    with pytest.raises(ValueError, match="line 1: not a log record"):
+        read_log(tmp_path)
     assert "not finished" in table([tmp_path])
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="summary.json is not what train.py leaves"):
+        table([tmp_path])

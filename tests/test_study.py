@@ -19,7 +19,7 @@ from conftest import ROOT
 from config import load_config
 from tools import evidence
 from tools.evidence import best_rate, bootstrap, compute_multiplier, fill, paired, power_law, quote, summarize, table, verdict
-from tools.runs import RunFolders, settings_of
+from tools.runs import Pool, RunFolders, settings_of
 from tools.study import curves, load_study, losses_of, main, only, plan, write_docs, yours
 
 STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
@@ -256,6 +256,46 @@ def test_a_diverging_row_is_reported_and_not_repeated(tmp_path, capsys):
     before = snapshot(tmp_path / "runs")
     assert main(arguments) == 0 and snapshot(tmp_path / "runs") == before
     assert json.loads((tmp_path / "results" / "wild_cpu.json").read_text())["runs"][1]["state"] == "diverged"
+
+
+def test_a_loss_that_is_not_finite_counts_as_diverged(tmp_path, capsys):
+    path, config = tmp_path / "wild.py", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"]
+    path.write_text('title = question = "?"\nrows = {"baseline": {}, "wild": {"init_std": 9.0}}\ncomparisons = {("wild", "baseline"): {}}\n'
+                    'from studies.common import CPU_MODEL\nmatrices = "layers"\n'
+                    'scales = {"cpu": {"seeds": (1,), "models": {"m": {**CPU_MODEL, "learning_rates": (4e-3,)}}}}\n')
+    write_run(tmp_path / "runs" / "a", config)
+    write_run(tmp_path / "runs" / "b", [*config, "--init_std=9"], val_loss=None)
+    for run, log in ("a", {"val_loss": 1.5}), ("b", {"val_loss": None}):
+        records = [{"event": "eval", "tokens": 0, "val_loss": None}, {"event": "eval", "tokens": 8, **log},
+                   {"event": "matrix", "step": 0, "name": "layers.0.q", "norm": 1.0},
+                   {"event": "matrix", "step": 1, "name": "layers.0.q", "norm": None}]
+        (tmp_path / "runs" / run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert main([str(path), f"--out={tmp_path}/runs", f"--results={tmp_path}/results"]) == 0
+    assert "| m | wild | diverged (1 of 1)" in capsys.readouterr().out
+    a, b = json.loads((tmp_path / "results" / "wild_cpu.json").read_text())["runs"]
+    assert a["curve"] == [[0, None], [8, 1.5]] and a["norms"] == {"layers.0.q": [[0, 1.0]]}
+    assert b["state"] == "diverged" and "val_loss" not in b
+    wild = RunFolders(tmp_path / "runs").find("wild", "configs/study_cpu.py", {"init_std": 9.0, "learning_rate": 0.004, "seed": 1})
+    assert Pool.outcome(wild, 0) == ("done", "validation loss not finite")
+    pytest.importorskip("matplotlib", reason="the picture needs the optional package matplotlib")
+    from tools.pictures import curves_of
+    assert curves_of({"runs": [a, b]}, "m", "baseline", 0.004) == {1: {8: 1.5}}
+
+
+def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
+    children = []
+
+    def fail(study, scale, folders, pool, protocol):
+        children.append(subprocess.Popen(["sleep", "600"]))
+        pool.children[children[0]] = (None, 0, 0.0)
+        raise ValueError("no space")
+
+    monkeypatch.setattr("tools.study.execute", fail)
+    try:
+        assert main([str(ROOT / "studies" / "smoke.py"), f"--out={tmp_path}"]) == 1
+        assert children[0].poll() is not None and "error: no space" in capsys.readouterr().err
+    finally:
+        children[0].kill()
 
 
 def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):

@@ -24,8 +24,8 @@ def draw(results, path):
 
 
 def curves_of(results, model, row, rate):
-    """{seed: {tokens: validation loss}}"""
-    return {run["seed"]: dict(run["curve"]) for run in results["runs"] if run["state"] == "done"
+    """{seed: {tokens: validation loss}}, without losses that were not finite."""
+    return {run["seed"]: {t: loss for t, loss in run["curve"] if loss is not None} for run in results["runs"] if run["state"] == "done"
             and (run["model"], run["row"], run["learning_rate"]) == (model, row, rate)}
 
 

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 COLUMNS, PIXELS, DPI = 4, 1000, 100
+NEEDED = {"train": ("step", "loss"), "eval": ("step", "val_loss"), "scale": ("step", "name", "mean", "std"),
+          "matrix": ("step", "name", "norm")}  # what is read of each event
 
 
 def read_log(run):
@@ -28,6 +30,8 @@ def read_log(run):
             continue
         try:
             record = json.loads(line)
+            for key in NEEDED.get(record["event"], ()):
+                record[key]  # KeyError if it is not there
             events.setdefault(record["event"], []).append(record)
         except (ValueError, KeyError, TypeError):
             if number == len(lines):  # no newline after it: it is still being written, or never was in full
@@ -58,6 +62,11 @@ def smooth(values, share=0.02):
         known = [v for v in window if v is not None]
         out.append(sum(known) / len(known) if known else float("nan"))
     return out
+
+
+def finite(records):
+    """The records of scale or matrix events without those that hold a mean, a deviation or a norm that was not finite (None)."""
+    return [r for r in records if all(r.get(key, 0) is not None for key in ("mean", "std", "norm"))]
 
 
 def layer_of(name):
@@ -147,7 +156,7 @@ def report(runs, path):
     logs = {name: read_log(run) for name, run in names_of(runs).items()}
     blocks = []  # (name, panels, limits, band)
     for event, split, band in (("scale", by_branch, True), ("matrix", by_matrix, False)):
-        groups = {name: panels for name, log in logs.items() if (panels := split(log.get(event, [])))}
+        groups = {name: panels for name, log in logs.items() if (panels := split(finite(log.get(event, []))))}
         if groups:
             limits = limits_of(groups.values(), band)
             blocks += [(f"{name}: {'scale vectors' if band else 'matrices'}", panels, limits, band) for name, panels in groups.items()]
@@ -164,19 +173,23 @@ def report(runs, path):
 
 
 def table(runs):
-    """One line a run: what it ended with."""
+    """One line a run: what it ended with. Raises ValueError, one line, if a summary.json is not train.py's."""
     names = names_of(runs)
     width = max(3, *map(len, names))
-    lines = [f"{'run':<{width}} {'val_loss':>9} {'bits/byte':>9} {'params':>13} {'scale':>9} {'tokens':>14} {'tokens/s':>9}"]
+    lines = [f"{'run':<{width}} {'val_loss':>10} {'bits/byte':>9} {'params':>13} {'scale':>9} {'tokens':>14} {'tokens/s':>9}"]
     for name, run in names.items():
         path = run / "summary.json"
         if not path.is_file():
             lines.append(f"{name:<{width}} not finished")
             continue
-        s = json.loads(path.read_text())
-        bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"
-        lines.append(f"{name:<{width}} {s['val_loss']:>9.4f} {bpb:>9} {s['params']:>13,} {s['scale_params']:>9,} "
-                     f"{s['tokens']:>14,} {s['tokens_per_s']:>9,.0f}")
+        try:
+            s = json.loads(path.read_text())
+            loss = "not finite" if s["val_loss"] is None else f"{s['val_loss']:.4f}"
+            bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"
+            lines.append(f"{name:<{width}} {loss:>10} {bpb:>9} {s['params']:>13,} {s['scale_params']:>9,} "
+                         f"{s['tokens']:>14,} {s['tokens_per_s']:>9,.0f}")
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is not what train.py leaves at the end of a run: leave this run out, or run it anew") from None
     return "\n".join(lines)
 
 

@@ -139,7 +139,8 @@ class Pool:
     @staticmethod
     def outcome(run, status):
         if status == 0 and run.state == "done":
-            return "done", f"{run.read('summary.json')['val_loss']:.4f}"
+            loss = run.read("summary.json")["val_loss"]
+            return "done", "validation loss not finite" if loss is None else f"{loss:.4f}"
         if status == STOPPED:
             return "stopped", "stopped by a signal, and saved"
         lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()

@@ -163,8 +163,8 @@ def collect(study, scale, scale_name, folders, command, protocol="both"):
     for cell, run in runs.items():
         if run.state not in ("done", "diverged"):
             continue
-        record = dict(zip(("model", "row", "learning_rate", "seed"), cell), state=run.state)
-        if run.state == "done":
+        record = dict(zip(("model", "row", "learning_rate", "seed"), cell), state="done" if math.isfinite(losses[cell]) else "diverged")
+        if record["state"] == "done":
             summary = run.read("summary.json")
             record |= {key: summary[key] for key in ("val_loss", "steps", "tokens", "params", "scale_params")}
             record["seconds"] = round(summary["seconds"])
@@ -190,7 +190,7 @@ def flops_of(spec):
 
 def curves(log, matrices):
     """{"curve": [[tokens, validation loss], ...]}, and of the matrices whose names start with `matrices` {"norms": {name: [[step, norm]]}}.
-    A half-written line is passed over."""
+    A half-written line is passed over, and so is a norm that was not finite; such a loss is None."""
     curve, norms = [], {}
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
         try:
@@ -198,8 +198,9 @@ def curves(log, matrices):
         except ValueError:
             continue
         if record["event"] == "eval":
-            curve.append([record["tokens"], round(record["val_loss"], 5)])
-        elif record["event"] == "matrix" and matrices and record["name"].startswith(matrices):
+            loss = record["val_loss"]
+            curve.append([record["tokens"], None if loss is None else round(loss, 5)])
+        elif record["event"] == "matrix" and matrices and record["name"].startswith(matrices) and record["norm"] is not None:
             norms.setdefault(record["name"], []).append([record["step"], round(record["norm"], 4)])
     return {"curve": curve, **({"norms": norms} if norms else {})}
 
@@ -290,7 +291,7 @@ def yours(files, keys):
 
 
 def run_missing(study, scale, folders, args):
-    """Run what is missing. Returns the lines of runs that failed; Ctrl-C stops the runs once they have saved."""
+    """Run what is missing. Returns the lines of runs that failed; Ctrl-C, or an error here, stops the runs once they have saved."""
     datasets = {run.settings["dataset"] for run in losses_of(folders, study, scale)[1].values()}
     if BUILTIN in datasets and not (ROOT / BUILTIN).exists():
         prepare_builtin(ROOT / BUILTIN)  # once, before runs side by side want it
@@ -298,7 +299,7 @@ def run_missing(study, scale, folders, args):
     pool = Pool(args.jobs, args.nproc_per_node)
     try:
         return execute(study, scale, folders, pool, args.protocol)
-    except KeyboardInterrupt:
+    except BaseException:
         print(f"stopped: {pool.stop()} runs saved; the same command resumes them", file=sys.stderr)
         raise
 
