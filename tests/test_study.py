@@ -312,10 +312,10 @@ def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):
 
 def test_track_takes_a_config_and_keys(tmp_path):
     mine = tmp_path / "mine.py"
-    mine.write_text("scale_placement = 'dual'\nout_dir = 'out/mine'\n")
+    mine.write_text("# my title: better\nscale_placement = 'dual'\nout_dir = 'out/mine'\n")
     track = ROOT / "studies" / "track.py"
-    files, extra = yours([str(track), str(mine)], ["--scale_lr=3"])
-    assert files == [str(track)] and extra == {"scale_placement": "dual", "scale_lr": 3}
+    path, extra = yours([str(track), str(mine)], ["--scale_lr=3"])
+    assert path == str(track) and extra == {"scale_placement": "dual", "scale_lr": 3}
     study = load_study(track, "cpu", extra)
     assert study["rows"]["yours"] == extra and ("yours", "unified") in study["comparisons"]
     with pytest.raises(ValueError, match="has no row of yours"):
@@ -336,6 +336,28 @@ def test_errors_are_one_line(arguments, says, capsys):
     assert main([a.format(smoke=ROOT / "studies" / "smoke.py") for a in arguments]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line, says", [
+    ("rows = []", "rows must be"), ("rows = {}", "rows must be"), ("rows = {'a': 1}", "rows must be"), ("scales = 1", "scales must be"),
+    ("scales = {'cpu': {}}", "needs 'seeds'"), ("scales['cpu']['seeds'] = ()", "needs 'seeds'"),
+    ("scales['cpu']['models'] = {}", "needs 'models'"),
+    ("del scales['cpu']['models']['tiny']['keys']", "model 'tiny' needs 'keys'"),
+    ("del scales['cpu']['models']['tiny']['config']", "model 'tiny' needs 'config'"),
+    ("scales['cpu']['models']['tiny']['learning_rates'] = ()", "needs 'learning_rates'"),
+    ("scales['cpu']['models']['tiny']['rows'] = ('x',)", "names rows that the study does not have")])
+def test_a_malformed_study_is_one_line(line, says, tmp_path):
+    path = tmp_path / "study.py"
+    path.write_text((ROOT / "studies" / "smoke.py").read_text() + line)
+    with pytest.raises(ValueError, match="see studies/common.py") as error:
+        load_study(path, "cpu")
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_seeds_are_whole_numbers(capsys):
+    with pytest.raises(SystemExit):
+        main(["studies/smoke.py", "--seeds=a"])
+    assert "'a' is no list of whole numbers" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

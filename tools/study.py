@@ -51,8 +51,7 @@ def load_study(path, scale, extra=()):
             raise ValueError(f"{path} has no {key}: see studies/common.py")
     if "measured_by" in study:
         return study
-    if scale not in study["scales"]:
-        raise ValueError(f"{path} has no scale {scale!r}: choose one of {', '.join(study['scales'])}")
+    check_shape(path, study, scale)
     if study["picture"] not in PICTURES:
         raise ValueError(f"{path}: picture={study['picture']!r} is unknown: choose one of {', '.join(PICTURES)}")
     if extra and "yours" not in study:
@@ -66,6 +65,34 @@ def load_study(path, scale, extra=()):
         if row not in study["rows"]:
             raise ValueError(f"{path} compares or draws a row {row!r} that it does not have")
     return study
+
+
+def check_shape(path, study, scale):
+    """Raises ValueError, one line, if rows, or the scale of that name, are not of the shape that studies/common.py gives."""
+    def need(holds, what):
+        if not holds:
+            raise ValueError(f"{path}: {what}: see studies/common.py")
+
+    def table(value):  # not empty
+        return isinstance(value, dict) and bool(value)
+
+    rows, scales = study["rows"], study["scales"]
+    need(table(rows) and all(isinstance(keys, dict) for keys in rows.values()), "rows must be {label: {key: value}}, one row or more")
+    need(table(scales), "scales must be {name: {...}}, one scale or more")
+    if scale not in scales:
+        raise ValueError(f"{path} has no scale {scale!r}: choose one of {', '.join(scales)}")
+    spec, where = scales[scale], f"scale {scale!r}"
+    need(isinstance(spec, dict), f"{where} must be {{'seeds': ..., 'models': ...}}")
+    seeds = spec.get("seeds")
+    need(isinstance(seeds, (tuple, list)) and seeds, f"{where} needs 'seeds', one or more, such as (1, 2, 3)")
+    need(table(spec.get("models")), f"{where} needs 'models', one or more")
+    for name, model in spec["models"].items():
+        model, whose = model if isinstance(model, dict) else {}, f"{where}, model {name!r}"
+        rates = model.get("learning_rates")
+        need(isinstance(model.get("config"), str), f"{whose} needs 'config', the path of a config file")
+        need(isinstance(model.get("keys"), dict), f"{whose} needs 'keys', such as {{}}")
+        need(isinstance(rates, (tuple, list)) and rates, f"{whose} needs 'learning_rates', one or more, such as (2e-3, 4e-3)")
+        need(set(model.get("rows", rows)) <= set(rows), f"{whose} names rows that the study does not have")
 
 
 def only(study, scale, rows, seeds):
@@ -250,15 +277,23 @@ def write_docs(root=ROOT):
     return changed
 
 
+def whole_numbers(text):
+    """(1, 2) of "1,2"."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers: write them as in 1,2,3") from None
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m tools.study", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", metavar="STUDY", help="study files; after studies/track.py, your config")
+    parser.add_argument("files", nargs="*", metavar="STUDY", help="a study file; after studies/track.py, your config")
     parser.add_argument("--scale", default="cpu", help="cpu, gpu or paper (default: cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; with GPUs, one a GPU (default: 1)")
     parser.add_argument("--nproc_per_node", type=int, default=0, help="each run under torchrun with so many processes")
     parser.add_argument("--rows", type=lambda text: text.split(","), help="only these rows, and those they are compared with")
-    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), help="these seeds instead of the study's")
+    parser.add_argument("--seeds", type=whole_numbers, help="these seeds instead of the study's")
     parser.add_argument("--protocol", choices=("paper", "both"), default="both", help="paper: at the first row's best rate alone")
     parser.add_argument("--out", help="the runs' folders (default: out/studies/<scale>)")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where JSON and picture go (default: results)")
@@ -274,20 +309,17 @@ def parse(argv):
 
 
 def yours(files, keys):
-    """(study files, {key: value} of the row "yours"): of a config file after the study, and of --key=value."""
-    studies, values = [], {}
-    for path in files:
-        if "title" in Path(path).read_text(errors="replace") if Path(path).is_file() else True:
-            studies.append(path)
-        else:
-            values |= read_config_file(path)
+    """(study file, {key: value} of the row "yours"): the first file is the study, the others are configs, and --key=value comes last."""
+    values = {}
+    for path in files[1:]:
+        values |= read_config_file(path)
     for text in keys:
         key, given, value = text.removeprefix("--").partition("=")
         if not text.startswith("--"):
             raise ValueError(f"{text!r}: write --key=value with a key of train.py")
         known_key(key, "the command line")
         values[key] = parse_value(key, value if given else "True")
-    return studies, {key: value for key, value in values.items() if key != "out_dir"}
+    return files[0], {key: value for key, value in values.items() if key != "out_dir"}
 
 
 def run_missing(study, scale, folders, args):
@@ -332,8 +364,8 @@ def main(argv=None):
         if args.docs:
             print("\n".join(f"wrote {path}" for path in write_docs()) or "docs and README agree with results/")
             return 0
-        studies, extra = yours(args.files, keys)
-        return 0 if all([run_study(path, args, extra) for path in studies]) else 1
+        path, extra = yours(args.files, keys)
+        return 0 if run_study(path, args, extra) else 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
