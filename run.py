@@ -33,15 +33,6 @@ from disk import sync_folder, write_whole
 from norms import named_scale_vectors
 
 FORMAT = 3
-# what a checkpoint holds, and what tells that it does
-PARTS = {"step": lambda v: type(v) is int,  # updates made
-         "model": lambda v: bool(v) and all(torch.is_tensor(t) for t in v.values()),
-         "optimizer": lambda v: all(torch.is_tensor(t) for moments in v.values() for t in moments.values()),  # by parameter name
-         "config": lambda v: isinstance(v, dict),  # as config.json
-         "tokenizer": lambda v: isinstance(v, str),
-         "data": lambda v: {type(v["sequences"]), type(v["train_tokens"])} == {int},  # seen so far; those there were
-         "rng": lambda v: all(torch.is_tensor(t) for states in v for t in states.values()),  # one {device: state} for each process
-         "seconds": lambda v: type(v) is float}  # of training so far
 # a file in out_dir is a run's if its first JSON object has these keys
 OURS = {"config.json": {"out_dir", "dataset", "n_layer"}, "log.jsonl": {"event", "step"}, "summary.json": {"val_loss", "steps"}}
 # keys of the model that a resumed run may change; its other keys, and these three, make another run
@@ -53,6 +44,28 @@ SPIKE_WINDOW, SPIKE_STD = 128, 6.0  # see is_spike
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
+
+def are_tensors(named):
+    """True if this is {name: dense floating-point tensor}, and not empty."""
+    return bool(named) and all(type(name) is str and torch.is_tensor(t) and t.layout == torch.strided and t.device.type == "cpu"
+                               and t.is_floating_point() for name, t in named.items())
+
+
+def is_rng_state(states):
+    """True if process.rng_state may have given this. Raises what torch raises at a state that no generator can have."""
+    return all(torch.is_tensor(t) for t in states.values()) and "cpu" in states and bool(torch.Generator().set_state(states["cpu"]))
+
+
+# what a checkpoint holds, and what tells that it does
+PARTS = {"step": lambda v: type(v) is int and v >= 0,  # updates made
+         "model": are_tensors,
+         "optimizer": lambda v: all(type(name) is str and are_tensors(moments) for name, moments in v.items()),  # by parameter name
+         "config": lambda v: all(type(key) is str and type(value) in (str, int, float, bool) for key, value in v.items()),  # as config.json
+         "tokenizer": lambda v: isinstance(v, str),
+         "data": lambda v: {type(v["sequences"]), type(v["train_tokens"])} == {int} and 0 <= v["sequences"] < 2 ** 62,  # seen; there were
+         "rng": lambda v: all(is_rng_state(states) for states in v),  # one {device: state} for each process
+         "seconds": lambda v: type(v) is float and 0 <= v < math.inf}  # of training so far
+
 
 def checkpoints(out_dir):
     """The finished checkpoints in out_dir, oldest first. Only names that save_checkpoint gives count."""
