@@ -306,6 +306,13 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path)
     assert read_log(out, "eval")[-1]["step"] == 12
 
 
+def test_fewer_steps_than_were_made_are_refused(undisturbed, dataset):
+    before = content(undisturbed[0])
+    line = refused(UNIFIED_CONFIG, *start(undisturbed[0], dataset, "--max_iters=11", "--resume"))
+    assert "ckpt_0000012.pt has made 12 steps, and max_iters=11: set --max_iters=12 or more" in line
+    assert content(undisturbed[0]) == before
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, dataset, tmp_path):
     args = [UNIFIED_CONFIG, *start(tmp_path, dataset, "--checkpoint_interval=4")]
     trained(*args)
