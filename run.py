@@ -147,16 +147,19 @@ class RunFolder:
         self.config, self.path = config, Path(config.out_dir)
         self.lock = filelock.FileLock(self.path / "lock")
         self.log, self.waiting, self.kept, self.history, self.starts_over = None, [], "", History([]), False
+        self.made_folder, self.made_lock = False, False
 
     def take(self, tokenizer):
         """Returns the checkpoint to resume from, or None. Raises ValueError, one line, if the folder is another's, a run's that this
         request does not mention, or another run's."""
         config, out = self.config, self.path
         try:
+            no_folder, no_lock = not out.exists(), not (out / "lock").exists()
             out.mkdir(parents=True, exist_ok=True)
-            if (out / "lock").exists() and (out / "lock").stat().st_size:
+            if not no_lock and (out / "lock").stat().st_size:
                 raise ValueError(f"out_dir={config.out_dir!r} holds a file `lock` that is not a run's: choose another --out_dir")
             self.lock.acquire(timeout=0)
+            self.made_folder, self.made_lock = no_folder, no_lock
         except filelock.Timeout:
             raise ValueError(f"another process is training in out_dir={config.out_dir!r}: choose another --out_dir") from None
         except OSError as error:
@@ -233,8 +236,14 @@ class RunFolder:
             sync_folder(self.path)
 
     def close(self):
+        """Let the folder go. Before the first step, what `take` has made, the lock and perhaps the folder, is removed."""
         if self.log:
             self.log.close()
+        with contextlib.suppress(OSError):
+            if self.made_lock and not self.log:
+                (self.path / "lock").unlink()
+                if self.made_folder:
+                    self.path.rmdir()  # fails if somebody has put a file there
         self.lock.release()
 
 

@@ -281,8 +281,9 @@ def test_a_new_run_leaves_nothing_if_its_first_step_fails(dataset, tmp_path, mon
         raise torch.OutOfMemoryError("CUDA out of memory")
     with monkeypatch.context() as patch:
         patch.setattr(program, "training_step", no_memory)
-        assert "recompute=True" in refused(*start(tmp_path, dataset))
-    assert content(tmp_path) == {}
+        for out in (tmp_path, tmp_path / "missing"):
+            assert "recompute=True" in refused(*start(out, dataset))
+            assert list(tmp_path.iterdir()) == []
     trained(*start(tmp_path, dataset, "--max_iters=3"))
 
 
