@@ -33,15 +33,6 @@ from disk import sync_folder, write_whole
 from norms import named_scale_vectors
 
 FORMAT = 3
-# what a checkpoint holds, and what tells that it does
-PARTS = {"step": lambda v: type(v) is int,  # updates made
-         "model": lambda v: bool(v) and all(torch.is_tensor(t) for t in v.values()),
-         "optimizer": lambda v: all(torch.is_tensor(t) for moments in v.values() for t in moments.values()),  # by parameter name
-         "config": lambda v: isinstance(v, dict),  # as config.json
-         "tokenizer": lambda v: isinstance(v, str),
-         "data": lambda v: {type(v["sequences"]), type(v["train_tokens"])} == {int},  # seen so far; those there were
-         "rng": lambda v: all(torch.is_tensor(t) for states in v for t in states.values()),  # one {device: state} for each process
-         "seconds": lambda v: type(v) is float}  # of training so far
 # a file in out_dir is a run's if its first JSON object has these keys
 OURS = {"config.json": {"out_dir", "dataset", "n_layer"}, "log.jsonl": {"event", "step"}, "summary.json": {"val_loss", "steps"}}
 # keys of the model that a resumed run may change; its other keys, and these three, make another run
@@ -53,6 +44,28 @@ SPIKE_WINDOW, SPIKE_STD = 128, 6.0  # see is_spike
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
+
+def are_tensors(named):
+    """True if this is {name: dense floating-point tensor}, and not empty."""
+    return bool(named) and all(type(name) is str and torch.is_tensor(t) and t.layout == torch.strided and t.device.type == "cpu"
+                               and t.is_floating_point() for name, t in named.items())
+
+
+def is_rng_state(states):
+    """True if process.rng_state may have given this. Raises what torch raises at a state that no generator can have."""
+    return all(torch.is_tensor(t) for t in states.values()) and "cpu" in states and bool(torch.Generator().set_state(states["cpu"]))
+
+
+# what a checkpoint holds, and what tells that it does
+PARTS = {"step": lambda v: type(v) is int and v >= 0,  # updates made
+         "model": are_tensors,
+         "optimizer": lambda v: all(type(name) is str and are_tensors(moments) for name, moments in v.items()),  # by parameter name
+         "config": lambda v: all(type(key) is str and type(value) in (str, int, float, bool) for key, value in v.items()),  # as config.json
+         "tokenizer": lambda v: isinstance(v, str),
+         "data": lambda v: {type(v["sequences"]), type(v["train_tokens"])} == {int} and 0 <= v["sequences"] < 2 ** 62,  # seen; there were
+         "rng": lambda v: all(is_rng_state(states) for states in v),  # one {device: state} for each process
+         "seconds": lambda v: type(v) is float and 0 <= v < math.inf}  # of training so far
+
 
 def checkpoints(out_dir):
     """The finished checkpoints in out_dir, oldest first. Only names that save_checkpoint gives count."""
@@ -134,16 +147,19 @@ class RunFolder:
         self.config, self.path = config, Path(config.out_dir)
         self.lock = filelock.FileLock(self.path / "lock")
         self.log, self.waiting, self.kept, self.history, self.starts_over = None, [], "", History([]), False
+        self.made_folder, self.made_lock = False, False
 
     def take(self, tokenizer):
         """Returns the checkpoint to resume from, or None. Raises ValueError, one line, if the folder is another's, a run's that this
         request does not mention, or another run's."""
         config, out = self.config, self.path
         try:
+            no_folder, no_lock = not out.exists(), not (out / "lock").exists()
             out.mkdir(parents=True, exist_ok=True)
-            if (out / "lock").exists() and (out / "lock").stat().st_size:
+            if not no_lock and (out / "lock").stat().st_size:
                 raise ValueError(f"out_dir={config.out_dir!r} holds a file `lock` that is not a run's: choose another --out_dir")
             self.lock.acquire(timeout=0)
+            self.made_folder, self.made_lock = no_folder, no_lock
         except filelock.Timeout:
             raise ValueError(f"another process is training in out_dir={config.out_dir!r}: choose another --out_dir") from None
         except OSError as error:
@@ -220,8 +236,14 @@ class RunFolder:
             sync_folder(self.path)
 
     def close(self):
+        """Let the folder go. Before the first step, what `take` has made, the lock and perhaps the folder, is removed."""
         if self.log:
             self.log.close()
+        with contextlib.suppress(OSError):
+            if self.made_lock and not self.log:
+                (self.path / "lock").unlink()
+                if self.made_folder:
+                    self.path.rmdir()  # fails if somebody has put a file there
         self.lock.release()
 
 

@@ -28,7 +28,7 @@ def load_model(out_dir):
     path, state = found
     try:
         model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: its configuration is damaged or of another version ({error})") from None
     load_weights(model, state, path)
     return model.eval(), get_encoding(state["tokenizer"]), state["step"]

@@ -123,7 +123,8 @@ class Training:
         self.first_step, self.first_sequence = 0, 0  # where this process took up the run
 
     def load(self, path):
-        """Take up the run of a checkpoint. Returns which keys have changed since."""
+        """Take up the run of a checkpoint. Returns which keys have changed since. Raises ValueError, one line, if it does not fit the
+        model, or has made more steps than are asked for."""
         state = load_checkpoint(path)
         load_weights(self.model, state, path)
         try:
@@ -137,6 +138,9 @@ class Training:
         if self.config.token_budget:  # with another batch it takes another number of steps
             left = self.config.token_budget - self.first_sequence * self.config.model.block_size
             self.config.max_iters = self.step + max(0, math.ceil(left / tokens_per_step(self.config)))
+        if self.step > self.config.max_iters:
+            raise ValueError(f"{path} has made {self.step} steps, and max_iters={self.config.max_iters}: set --max_iters={self.step} or "
+                             f"more, or choose another --out_dir")
         return changed_keys(self.config, self.dataset.train.tokens, state)
 
     def start(self):

@@ -89,6 +89,23 @@ def test_a_part_that_is_missing_or_wrong_is_named(tmp_path, key):
         load_checkpoint(path)
 
 
+WRONG = {"step": -3, "model": {3: torch.zeros(2)}, "config": {"n_layer": torch.zeros(2)}, "seconds": math.nan,
+         "model ": {"w": torch.zeros(2).to_sparse()}, "model  ": {"w": torch.zeros(2, dtype=torch.int64)},
+         "optimizer": {3: {"step": torch.tensor(1.0)}}, "optimizer ": {"w": {"step": torch.tensor(1)}},
+         "data": {"sequences": 10 ** 30, "train_tokens": 99}, "data ": {"sequences": -5, "train_tokens": 99},
+         "rng": [{}], "rng ": [{"cpu": torch.zeros(3)}], "rng  ": [{"cpu": torch.zeros(3, dtype=torch.uint8)}]}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_checkpoint_with_an_impossible_part_is_passed_over(tmp_path, key):
+    """Parts of the right kind that no run writes; a resume takes the checkpoint before."""
+    save_checkpoint(tmp_path, 1, {**STATE, "rng": [{"cpu": torch.get_rng_state()}]}, keep=2)
+    torch.save({"format": FORMAT, "step": 2, **STATE, key.strip(): WRONG[key]}, tmp_path / "ckpt_0000002.pt")
+    said = []
+    assert newest_checkpoint(tmp_path, said.append)[1]["step"] == 1
+    assert len(said) == 1 and "ckpt_0000002.pt cannot be used" in said[0] and "\n" not in said[0]
+
+
 def test_newest_good_one_is_found(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, STATE, keep=3)
@@ -264,8 +281,9 @@ def test_a_new_run_leaves_nothing_if_its_first_step_fails(dataset, tmp_path, mon
         raise torch.OutOfMemoryError("CUDA out of memory")
     with monkeypatch.context() as patch:
         patch.setattr(program, "training_step", no_memory)
-        assert "recompute=True" in refused(*start(tmp_path, dataset))
-    assert content(tmp_path) == {}
+        for out in (tmp_path, tmp_path / "missing"):
+            assert "recompute=True" in refused(*start(out, dataset))
+            assert list(tmp_path.iterdir()) == []
     trained(*start(tmp_path, dataset, "--max_iters=3"))
 
 
@@ -287,6 +305,13 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path)
     trained(UNIFIED_CONFIG, *start(out, dataset, "--checkpoint_interval=4"), "--resume")
     assert before == (losses(out), json.loads((out / "summary.json").read_text())["val_loss"], checkpoints(out))
     assert read_log(out, "eval")[-1]["step"] == 12
+
+
+def test_fewer_steps_than_were_made_are_refused(undisturbed, dataset):
+    before = content(undisturbed[0])
+    line = refused(UNIFIED_CONFIG, *start(undisturbed[0], dataset, "--max_iters=11", "--resume"))
+    assert "ckpt_0000012.pt has made 12 steps, and max_iters=11: set --max_iters=12 or more" in line
+    assert content(undisturbed[0]) == before
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, dataset, tmp_path):

@@ -10,6 +10,7 @@ from conftest import run
 
 import sample
 from data import get_encoding
+from run import newest_checkpoint
 from sample import load_model, stream_text
 
 
@@ -88,3 +89,11 @@ def test_a_device_that_is_not_there_and_ctrl_c(undisturbed, monkeypatch, capsys)
 def test_model_comes_back_as_it_was(undisturbed):
     model, encoding, step = load_model(undisturbed[0])
     assert step == 12 and encoding.name == "bytes" and not model.training
+
+
+def test_a_damaged_configuration_is_one_line(undisturbed, tmp_path):
+    state = newest_checkpoint(undisturbed[0])[1]
+    state["config"]["scale_placement_on"] = 5
+    torch.save(state, tmp_path / "ckpt_0000012.pt")
+    with pytest.raises(ValueError, match="ckpt_0000012.pt cannot be used: its configuration is damaged"):
+        load_model(tmp_path)
