@@ -57,6 +57,8 @@ def stock_architecture(model):
         return None, "DNP's γ_a differs from head to head, and Qwen3's is one for all heads"
     if c.n_expert and (c.d_shared_expert or c.n_dense_layer or normalized or c.qk_norm):
         return None, "Mixtral has no " + ("shared expert" if c.d_shared_expert else "dense layers" if c.n_dense_layer else "Q/K-norm")
+    if c.n_expert and (c.d_expert % 8 or c.n_embd % 8):
+        return None, f"transformers' Mixtral needs multiples of 8, and d_expert={c.d_expert}, n_embd={c.n_embd}"
     if c.n_expert:
         return "MixtralForCausalLM", "every scale vector folds into a weight"
     if normalized or c.qk_norm:
@@ -354,8 +356,8 @@ def main(argv):
             raise ValueError(f"{f'{rest[0]} is unknown' if rest else 'which run?'}: python export.py out/run --out exported")
         else:
             print(export_run(args.run, args.out, args.max_shard_size))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:  # the last is torch's
+        print(f"error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 1
     return 0
 

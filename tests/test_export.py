@@ -47,6 +47,8 @@ FAMILIES = {
     "DNP, ER": (None, dict(scale_placement="dual_norm", scale_reparam="exponential", scale_heterogeneous=True)),
     "Gemma's norms": (None, dict(qk_norm=True, post_norm=True)),
     "LlamaMoE, unified": (None, dict(**MOE, **UNIFIED, d_shared_expert=16, n_dense_layer=1)),
+    "mixture, experts of 18": (None, dict(n_expert=4, n_expert_active=2, d_expert=18)),
+    "mixture, n_embd of 30": (None, dict(**MOE, n_embd=30, n_head=3, n_kv_head=3)),
     "mixture with Q/K-norm": (None, dict(**MOE, qk_norm=True)),
 }
 
@@ -259,6 +261,17 @@ def test_refusals(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "run"] and (tmp_path / "full" / "mine.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="no_such_package is not installed: pip install -r requirements-extra.txt"):
         need("no_such_package")
+
+
+def test_an_error_of_torch_is_one_line(tmp_path, capsys):
+    """A Mixtral of theirs with experts of 18, which transformers itself cannot run on a CPU: no traceback, and nothing is left."""
+    config = transformers.MixtralConfig(vocab_size=261, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                                        max_position_embeddings=16, intermediate_size=18, num_local_experts=4, sliding_window=None)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    capsys.readouterr()
+    assert export.main(["--from-hf", str(tmp_path / "theirs"), "--out", str(tmp_path / "out"), f"--dataset={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
