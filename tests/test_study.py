@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import statistics
 import subprocess
@@ -307,7 +308,41 @@ def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):
     assert results["runs"][0]["val_loss"] == 1.25 and results["results"]["0.23M"]["tuned_rate"] is None
     assert main([*arguments, "--print"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
-    assert lines[1] == "python train.py configs/study_cpu.py --learning_rate=0.004 --seed=1"
+    assert lines[1] == f"python train.py configs/study_cpu.py --learning_rate=0.004 --seed=1 --out_dir={tmp_path}/runs/one"
+
+
+def test_printed_lines_are_all_runs_and_each_has_its_folder(tmp_path, capsys):
+    """Of two models and two rows that would be named alike; before any run, and after the first row's grid."""
+    path = tmp_path / "study.py"
+    path.write_text('title = question = "?"\nrows = {"a b": {}, "a-b": {"scale_vectors": False}}\nfrom studies.common import CPU_MODEL\n'
+                    'models = {m: {**CPU_MODEL, "learning_rates": (1e-3, 2e-3), "keys": {"n_layer": n}} '
+                    'for m, n in (("one", 1), ("two", 2))}\n'
+                    'scales = {"cpu": {"seeds": (1, 2), "models": models}}\n')
+    arguments = [str(path), f"--out={tmp_path}/runs", "--protocol=paper", "--print"]
+
+    def printed():
+        assert main(arguments) == 0
+        lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+        assert len({line[-1] for line in lines}) == len(lines) and all(line[-1].startswith("--out_dir=") for line in lines)
+        return lines
+
+    lines = printed()
+    assert len(lines) == 2 * (2 + 3) and sum("--learning_rate=BEST" in line for line in lines) == 2 * 3
+    for line in lines:
+        load_config([str(ROOT / line[2]), *(a.replace("BEST", "0.002") for a in line[3:])])
+        if "--learning_rate=BEST" not in line:
+            write_run(Path(line[-1].removeprefix("--out_dir=")), line[2:-1], 1.0 if "--learning_rate=0.002" in line else 2.0)
+    after = printed()
+    assert len(after) == 2 * (2 + 3) and sum("--learning_rate=0.002" in line for line in after) == 2 * 4
+
+
+def test_a_wrong_value_in_a_later_row_stops_the_study_before_its_first_run(tmp_path, capsys):
+    path = tmp_path / "study.py"
+    path.write_text((ROOT / "studies" / "smoke.py").read_text() + "rows['unified'] = {'scale_placement': 'nowhere'}\n")
+    assert main([str(path), f"--out={tmp_path}/runs"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: row 'unified': ") and "nowhere" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_track_takes_a_config_and_keys(tmp_path):

@@ -78,6 +78,7 @@ class RunFolders:
                 self.known[self.key(settings)] = path.parent
             except (ValueError, AttributeError):
                 continue  # not a run's
+        self.taken = set(self.known.values())
 
     @staticmethod
     def key(settings):
@@ -92,14 +93,17 @@ class RunFolders:
             settings = settings_of(load_config([path, *arguments[1:]]))
             key = self.key(settings)
             if key not in self.known:
-                name = "-".join([re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_"), f"lr{settings['learning_rate']:g}",
-                                 f"seed{settings['seed']}"])
-                taken, number = set(self.known.values()), 1
-                while self.out / f"{name}-{number}" in taken or (self.out / f"{name}-{number}").exists():
-                    number += 1
-                self.known[key] = self.out / f"{name}-{number}"
+                self.known[key] = self.free(label, f"{settings['learning_rate']:g}", settings["seed"])
             self.cache[tuple(arguments)] = Run(label, arguments, settings, self.known[key])
         return self.cache[tuple(arguments)]
+
+    def free(self, label, rate, seed):
+        """A folder that nothing else has, named after label, rate and seed."""
+        name, number = f"{re.sub(r'[^a-z0-9]+', '_', label.lower()).strip('_')}-lr{rate}-seed{seed}", 1
+        while self.out / f"{name}-{number}" in self.taken or (self.out / f"{name}-{number}").exists():
+            number += 1
+        self.taken.add(self.out / f"{name}-{number}")
+        return self.out / f"{name}-{number}"
 
 
 class Pool:

@@ -14,10 +14,12 @@ Learning rates: the first row is tuned on its grid, on the scale's tuning seeds 
 that rate with every seed, the paper's protocol. Then each row is tuned in the same way, and runs at its own best rate, ours.
 """
 import argparse
+import itertools
 import json
 import math
 import platform
 import runpy
+import shlex
 import signal
 import sys
 import time
@@ -127,6 +129,17 @@ def plan(study, scale, losses, protocol="both"):
             own = {row: best_rate(losses, model, row, rates, tuning) for row in rows}
             later += [(model, row, rate, seed) for row, rate in own.items() if rate for seed in scale["seeds"]]
     return list(dict.fromkeys(cells + later))
+
+
+def check_rows(study, scale):
+    """Raises ValueError, one line, if train.py would refuse a row: before any run, though a row's own may come hours later."""
+    for spec in scale["models"].values():
+        for row in rows_of(study, spec):
+            keys = {**spec["keys"], **study["rows"][row]}
+            try:
+                load_config([str(ROOT / spec["config"]), *(f"--{k}={v}" for k, v in keys.items())])
+            except ValueError as error:
+                raise ValueError(f"row {row!r}: {error}") from None
 
 
 def run_of(folders, study, scale, cell):
@@ -336,6 +349,29 @@ def run_missing(study, scale, folders, args):
         raise
 
 
+def show(study, scale, folders, protocol):
+    """Print the train.py line of each run: of those that are known, then of those whose learning rate the others' losses will decide."""
+    def line(model, row, arguments, folder, state):
+        where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        done = f": {state}" if state != "missing" else ""
+        print(f"# {model}, {row}{done}\n{shlex.join(['python', 'train.py', *arguments, f'--out_dir={where}'])}")
+
+    losses, runs = losses_of(folders, study, scale, protocol)
+    for (model, row, *_), run in runs.items():
+        line(model, row, run.arguments, run.folder, run.state)
+    for model, spec in scale["models"].items():
+        rows, seeds = rows_of(study, spec), tuning_seeds(scale)
+        if best_rate(losses, model, rows[0], spec["learning_rates"], seeds) is not None:
+            continue
+        print(f"\n# {model}: then these, with the rate of {rows[0]}'s least loss above in place of BEST")
+        for seed, row in itertools.product(scale["seeds"], rows):
+            if row != rows[0] or seed not in seeds:  # that run is above
+                keys = {**spec["keys"], **study["rows"][row], "learning_rate": "BEST", "seed": seed}
+                line(model, row, [spec["config"], *(f"--{k}={v}" for k, v in keys.items())], folders.free(row, "BEST", seed), "missing")
+    if protocol == "both" and any(cell not in losses for cell in runs):
+        print("\n# then each row at its own best rate: --print, once the runs above are there, adds them (--protocol=paper: without them)")
+
+
 def run_study(path, args, extra):
     """One study from its file to its results. Returns True if nothing failed."""
     study = load_study(path, args.scale, extra)
@@ -343,10 +379,10 @@ def run_study(path, args, extra):
         print(f"{study['title']}: {study['question']}\nrun `{study['measured_by']}`")
         return True
     study, scale = only(study, args.scale, args.rows, args.seeds)
+    check_rows(study, scale)
     folders = RunFolders(args.out or ROOT / "out" / "studies" / args.scale)
     if args.show:
-        for cell in plan(study, scale, losses_of(folders, study, scale, args.protocol)[0], args.protocol):
-            print(f"# {', '.join(map(str, cell[:2]))}\npython train.py {' '.join(run_of(folders, study, scale, cell).arguments)}")
+        show(study, scale, folders, args.protocol)
         return True
     failed = [] if args.evaluate else run_missing(study, scale, folders, args)
     keys = "".join(f" --{k}={v}" for k, v in extra.items())
