@@ -180,6 +180,9 @@ class RunFolder:
         for name, keys in OURS.items():
             if (out / name).exists() and not is_a_runs(out / name, keys):
                 raise ValueError(f"out_dir={config.out_dir!r} holds a file {name} that is not a run's: choose another --out_dir")
+        names = [name for name in ("config.json", "log.jsonl") if (out / name).exists()]
+        if (strange := half_written(out)) and self.made_lock and not (found or names):  # where a run of ours was, there was a lock
+            raise ValueError(f"out_dir={config.out_dir!r} holds a file {strange[0].name} that is not a run's: choose another --out_dir")
         if (found or (out / "log.jsonl").exists()) and not config.resume and not config.overwrite:
             raise ValueError(f"out_dir={config.out_dir!r} holds a run: continue it with --resume, discard it with --overwrite, "
                              f"or choose another --out_dir")
@@ -193,8 +196,7 @@ class RunFolder:
         if self.log:
             return
         discarded = [*checkpoints(out), out / "log.jsonl"] if self.config.overwrite else []
-        half_written = [p for p in out.glob("*.tmp") if p.stem in OURS or CHECKPOINT_NAME.fullmatch(p.stem)]
-        for path in (*discarded, *half_written, out / "summary.json"):
+        for path in (*discarded, *half_written(out), out / "summary.json"):
             path.unlink(missing_ok=True)
         if self.starts_over:
             os.rename(out / "log.jsonl", self.old_log())
@@ -245,6 +247,11 @@ class RunFolder:
                 if self.made_folder:
                     self.path.rmdir()  # fails if somebody has put a file there
         self.lock.release()
+
+
+def half_written(out):
+    """Files that write_whole did not come to rename, by their names."""
+    return sorted(p for p in out.glob("*.tmp") if p.stem in OURS or CHECKPOINT_NAME.fullmatch(p.stem))
 
 
 def is_a_runs(path, keys):

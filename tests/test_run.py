@@ -236,7 +236,8 @@ def test_out_dir_is_guarded(undisturbed, dataset, tmp_path):
 
 @pytest.mark.parametrize("key", ["", "--resume", "--overwrite"])
 @pytest.mark.parametrize("name, text", [("config.json", '{"model_type": "gpt2", "n_layer": 12}'), ("summary.json", "[1, 2]"),
-                                        ("log.jsonl", "Mon: all well\n"), ("lock", "do not touch")])
+                                        ("log.jsonl", "Mon: all well\n"), ("lock", "do not touch"),
+                                        ("config.json.tmp", "{}"), ("ckpt_0000020.pt.tmp", "mine")])
 def test_files_of_others_are_left_alone(dataset, tmp_path, key, name, text):
     (tmp_path / name).write_text(text)
     (tmp_path / "thesis.tmp").write_text("a year of work")
