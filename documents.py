@@ -201,12 +201,16 @@ def read_parquet(path, field, bad):
     size, number = path.stat().st_size, 0
     with open_parquet(path, field) as file:
         for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 number += 1
-                if isinstance(text, str):
-                    yield text, size * number // file.metadata.num_rows
+                try:
+                    text, what = value.as_py(), f"null in column {field!r}"
+                except UnicodeDecodeError:
+                    text, what = None, "not UTF-8"
+                if text is None:
+                    bad(f"{path}, row {number}: {what}")
                 else:
-                    bad(f"{path}, row {number}: null in column {field!r}")
+                    yield text, size * number // file.metadata.num_rows
 
 
 class Input:

@@ -225,6 +225,21 @@ def test_bad_records_end_a_preparation_or_are_skipped_and_counted(tmp_path, caps
         [t for t in texts if t] + ["good", "last"] + [p.read_text() for p in folder.glob("*.txt")])
 
 
+def test_a_parquet_row_that_is_not_utf8_is_one_bad_record(tmp_path):
+    """It is named; with --skip-bad the rows after it, of the same batch and of the next, are read."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [b"row %d" % i for i in range(600)]
+    rows[2] = b"\xff\xfe"
+    texts = pyarrow.array(rows, pyarrow.binary())
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 600, texts.buffers())}), path)
+    with pytest.raises(ValueError, match="a.parquet, row 3: not UTF-8; --skip-bad skips such and counts them"):
+        list(read_documents(path, "text", 100))
+    documents = Input(find_files([path]), "text", skip_bad=True)
+    assert [text for text, _ in documents.documents()] == [row.decode() for row in rows[:2] + rows[3:]]
+    assert list(documents.report()) == [f"1 bad record(s): {path}"]
+
+
 def test_parquet_columns_that_hold_text(tmp_path):
     """Strings of every kind and dictionaries of them; not what only holds strings somewhere within, nor two columns of one name."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
