@@ -171,6 +171,13 @@ def read_lines(path, text, field, bad):
             bad(f"{path}, line {number}: no text in field {field!r} (it has: {has}): name another with --field")
 
 
+def is_text(types, kind):
+    """True if a column's type is string, large_string, string_view or a dictionary of them. types: pyarrow.types."""
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    checks = ("is_string", "is_large_string", "is_string_view")  # the last came with pyarrow 16
+    return any(getattr(types, check)(kind) for check in checks if hasattr(types, check))
+
+
 @contextlib.contextmanager
 def open_parquet(path, field):
     """The ParquetFile at `path`. Raises ValueError, one line, if it has no column of text called `field`, or is damaged."""
@@ -178,9 +185,11 @@ def open_parquet(path, field):
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if field not in schema.names:
+            if (count := schema.names.count(field)) > 1:
+                raise ValueError(f"{path}: {count} columns are called {field!r}: rename one, or name another with --field")
+            if not count:
                 raise ValueError(f"{path}: no column {field!r} (it has: {', '.join(schema.names)}): name another with --field")
-            if "string" not in str(kind := schema.field(field).type):  # string, large_string, string_view, dictionaries of them
+            if not is_text(pyarrow.types, kind := schema.field(field).type):
                 raise ValueError(f"{path}: no text in column {field!r} but {kind}: name another with --field")
             yield file
     except (pyarrow.ArrowException, OSError) as error:
@@ -192,12 +201,16 @@ def read_parquet(path, field, bad):
     size, number = path.stat().st_size, 0
     with open_parquet(path, field) as file:
         for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 number += 1
-                if isinstance(text, str):
-                    yield text, size * number // file.metadata.num_rows
+                try:
+                    text, what = value.as_py(), f"null in column {field!r}"
+                except UnicodeDecodeError:
+                    text, what = None, "not UTF-8"
+                if text is None:
+                    bad(f"{path}, row {number}: {what}")
                 else:
-                    bad(f"{path}, row {number}: null in column {field!r}")
+                    yield text, size * number // file.metadata.num_rows
 
 
 class Input:

@@ -225,6 +225,37 @@ def test_bad_records_end_a_preparation_or_are_skipped_and_counted(tmp_path, caps
         [t for t in texts if t] + ["good", "last"] + [p.read_text() for p in folder.glob("*.txt")])
 
 
+def test_a_parquet_row_that_is_not_utf8_is_one_bad_record(tmp_path):
+    """It is named; with --skip-bad the rows after it, of the same batch and of the next, are read."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [b"row %d" % i for i in range(600)]
+    rows[2] = b"\xff\xfe"
+    texts = pyarrow.array(rows, pyarrow.binary())
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 600, texts.buffers())}), path)
+    with pytest.raises(ValueError, match="a.parquet, row 3: not UTF-8; --skip-bad skips such and counts them"):
+        list(read_documents(path, "text", 100))
+    documents = Input(find_files([path]), "text", skip_bad=True)
+    assert [text for text, _ in documents.documents()] == [row.decode() for row in rows[:2] + rows[3:]]
+    assert list(documents.report()) == [f"1 bad record(s): {path}"]
+
+
+def test_parquet_columns_that_hold_text(tmp_path):
+    """Strings of every kind and dictionaries of them; not what only holds strings somewhere within, nor two columns of one name."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, string = tmp_path / "a.parquet", pyarrow.string()
+    for kind in (string, pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), string)):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(["a", "b", "a"]).cast(kind)}), path)
+        assert [text for text, _ in read_documents(path, "text", 100)] == ["a", "b", "a"]
+    for kind, value in ((pyarrow.list_(string), ["a"]), (pyarrow.struct({"a": string}), {"a": "a"})):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array([value], kind)}), path)
+        with pytest.raises(ValueError, match="a.parquet: no text in column 'text' but (list|struct)<.*: name another with --field"):
+            Input(find_files([path]), "text").check()
+    parquet.write_table(pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(ValueError, match="a.parquet: 2 columns are called 'text': rename one, or name another with --field"):
+        Input(find_files([path]), "text").check()
+
+
 def test_what_was_skipped_is_counted_once_when_a_preparation_is_resumed(tmp_path):
     """From any document on, with any amount read ahead: the counts of an uninterrupted reading."""
     for name in "ab":
