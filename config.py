@@ -169,7 +169,7 @@ def read_config_file(path):
     except Exception as error:
         raise ValueError(f"{path} is no Python: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
     imported = set()
-    for node in tree.body:
+    for node in statements(tree):
         if isinstance(node, ast.AnnAssign) and node.value is None:
             raise ValueError(f"{path}, line {node.lineno}: `{ast.unparse(node)}` assigns nothing: write "
                              f"`{ast.unparse(node.target)} = {ast.unparse(node.annotation)}`")
@@ -182,6 +182,15 @@ def read_config_file(path):
     if not values:
         raise ValueError(f"{path} assigns no key: a config is a Python file with lines such as n_layer = 12")
     return values
+
+
+def statements(tree):
+    """Every statement of a parsed file, those within `if`, `for`, `with` and `try` too, those within functions and classes not."""
+    found = list(tree.body)
+    for node in found:  # which grows
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found += [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.excepthandler, ast.match_case))]
+    return found
 
 
 def run_config(tree, path):

@@ -62,6 +62,7 @@ def test_bad_configuration(arguments, message):
     ("raise RuntimeError('a\\nb')", "{} does not run: RuntimeError: a"),
     ("exit()", "{} does not run: SystemExit"),
     ("n_layer = 3\nlearning_rate: 1e-5", "{}, line 2: `learning_rate: 1e-05` assigns nothing: write `learning_rate = 1e-05`"),
+    ("if True:\n    n_layer = 3\n    try:\n        max_iters: 5\n    except OSError: pass", "{}, line 4: `max_iters: 5` assigns nothing"),
     ("n_layer: 12\nn_head: 12\ndevice: cuda", "{}, line 1: `n_layer: 12` assigns nothing"),  # a whole YAML file
     ('{{"n_layer": 12}}', "{} assigns no key: a config is a Python file with lines such as n_layer = 12"),  # a whole JSON file
     ("# nothing", "{} assigns no key"),
@@ -77,7 +78,7 @@ def test_bad_config_files(tmp_path, text, message):
 
 def test_config_files_are_python(tmp_path):
     path = tmp_path / "config.py"
-    path.write_text("import math\nfrom math import pi, sqrt\nfrom configs.unified import *\n_width = 96\nclass Note: pass\n"
+    path.write_text("import math\nfrom math import pi, sqrt\nfrom configs.unified import *\n_width = 96\nclass Note:\n  n_layer: int\n"
                     "def double(x): return 2 * x\nn_embd = double(_width)\nlearning_rate: float = 1\nmax_iters = 1e3\n")
     config = load_config([str(path), "--n_layer=3", "--out_dir=5", "--resume", "--compile=False"])
     assert (config.model.n_embd, config.learning_rate, config.max_iters, config.model.n_layer) == (192, 1.0, 1000, 3)
