@@ -210,16 +210,26 @@ def set_gamma(scale, gamma, name):
 # what export.py wrote, and the check
 
 def load_exported(folder):
-    """(model, encoding, step) of a folder that export.py wrote, stock or with code, which is not run: ours is."""
+    """(model, encoding, step) of a folder that export.py wrote, stock or with code, which is not run: ours is.
+    Raises ValueError, one line, if export.py did not write it or it is damaged."""
     folder = Path(folder)
-    written = json.loads((folder / "config.json").read_text())
-    run = written.get("trained")
-    if not isinstance(run, dict) or not {"tokenizer", "step"} <= run.keys():
-        raise ValueError(f"{folder} was not written by export.py: only what it wrote can be sampled from")
-    encoding = get_encoding(run["tokenizer"])
-    if written["model_type"] != CUSTOM:
-        return read_model(folder)[0], encoding, run["step"]
-    need("safetensors")
+    try:
+        written = json.loads((folder / "config.json").read_text())
+        kind, tokenizer, step = written["model_type"], str(written["trained"]["tokenizer"]), written["trained"]["step"]
+    except (ValueError, KeyError, TypeError, OSError):
+        raise ValueError(f"{folder} was not written by export.py, or its config.json is damaged: export the run again") from None
+    need("safetensors", *([] if kind == CUSTOM else ["transformers"]))
+    encoding = get_encoding(tokenizer)
+    try:
+        model = load_own(folder, written) if kind == CUSTOM else read_model(folder)[0]
+    except Exception as error:  # safetensors and transformers raise what they like on a damaged file
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(line if line.startswith(str(folder)) else f"{folder} cannot be read: {line}") from None
+    return model.eval(), encoding, step
+
+
+def load_own(folder, written):
+    """Our GPT from a folder with our own code. written: its config.json. Raises whatever a damaged file leads to."""
     from safetensors.torch import load_file
     model = GPT(GPTConfig(**{key: written[key] for key in vars(GPTConfig()) if key in written}))
     state = {name.removeprefix("gpt."): t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
@@ -228,8 +238,8 @@ def load_exported(folder):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{folder} cannot be read: {str(error).splitlines()[-1].strip()}") from None
-    return model.eval(), encoding, run["step"]
+        raise ValueError(str(error).splitlines()[-1].strip()) from None  # the lines before it are a heading
+    return model
 
 
 @torch.no_grad()

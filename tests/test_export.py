@@ -286,6 +286,24 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("keys", [{}, UNIFIED], ids=["stock", "own code"])
+def test_a_damaged_folder_is_one_line_when_it_is_sampled_from(keys, tmp_path):
+    write_run(tmp_path / "run", keys)
+    out = tmp_path / "out"
+    export.export_run(tmp_path / "run", out)
+    config, weights = out / "config.json", out / "model.safetensors"
+    whole, written = weights.read_bytes(), json.loads(config.read_text())
+    heads = "num_attention_heads" if "num_attention_heads" in written else "n_head"
+    damaged = [json.dumps(x) for x in ([], {**written, "trained": 5}, {**written, "trained": {**written["trained"], "tokenizer": []}},
+                                       {**written, heads: "x"}, {k: v for k, v in written.items() if k != "model_type"})] + ["{", ""]
+    for text, content in [(text, whole) for text in damaged] + [(json.dumps(written), whole[:n]) for n in (len(whole) // 2, 5, 0)]:
+        config.write_text(text)
+        weights.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            load_model(str(out))
+        assert "\n" not in str(error.value) and (str(out) in str(error.value) or "unknown encoding '[]'" in str(error.value))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # from a run to an evaluation and back
 
