@@ -62,6 +62,12 @@ def test_every_name_exists():
         assert name.startswith("scale_") or callable(getattr(norms, name)), name
 
 
+def test_every_link_of_the_docs_leads_somewhere():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
 @pytest.mark.parametrize("command", re.findall(r"(?:train|prepare_data)\.py ([\w/.-]+\.py)", TEXT))
 def test_every_config_named_in_a_command_exists(command):
     assert (ROOT / command).is_file()
