@@ -115,6 +115,8 @@ def check_values(c):
     for key in ("beta1", "beta2", "muon_momentum", "decay_share"):
         if not 0 <= getattr(c, key) <= (1 if key == "decay_share" else 1 - 1e-9):
             raise ValueError(f"{key}={getattr(c, key)} must be between 0 and 1")
+    if c.seed >= 2 ** 63:
+        raise ValueError(f"seed={c.seed} must be less than 2^63, which torch's generators take")
     if c.min_lr < 0 and c.min_lr != -1:
         raise ValueError(f"min_lr={c.min_lr} must be at least 0, or -1 for the paper's")
     if c.resume and c.overwrite:

@@ -24,9 +24,13 @@ PEAK_FLOPS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100
 
 
 class Process:
-    """Which process this is: alone, or one of torchrun's."""
+    """Which process this is: alone, or one of torchrun's. Raises ValueError if the environment tells of others and not where they are."""
 
     def __init__(self):
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
+            raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in the environment and {missing[0]} is not: start several "
+                             f"processes with torchrun, or one after `unset WORLD_SIZE`")
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.first, self.store = self.rank == 0, None
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if self.count > 1 else 0

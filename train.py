@@ -283,7 +283,11 @@ def main(argv):
     if any(arg in ("-h", "--help") for arg in argv):
         print(__doc__.partition("\n\n  training_step")[0] + "\n\nkeys and defaults:\n" + describe_keys())
         return 0
-    process = Process()
+    try:
+        process = Process()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     try:
         if not argv:
             raise ValueError("which model? Start with `python train.py configs/quickstart.py`, two to three minutes on two cores; configs/ "

@@ -29,6 +29,7 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--learning_rate=1e999"], "learning_rate=inf is of the wrong type"),
     (["--learning_rate=-1"], "learning_rate=-1.0 must be at least 0"),
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
+    (["--seed=9223372036854775808"], "seed=9223372036854775808 must be less than 2^63"),
     (["--beta1=1"], "beta1=1.0 must be between 0 and 1"),
     (["--optimizer=adam"], "optimizer='adam' is unknown: choose one of adamw, muon; did you mean adamw?"),
     (["--schedule=linear"], "schedule='linear' is unknown: choose one of cosine, wsd"),

@@ -362,6 +362,18 @@ def test_no_gpu(dataset, tmp_path):
     assert "device='cuda' is not available" in refused(*start(tmp_path / "out", dataset, "--device=cuda"))
 
 
+def test_world_size_without_torchrun(dataset, tmp_path, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2 is set in the environment and RANK is not" in refused(*start(tmp_path / "out", dataset))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_seed_trains(dataset, tmp_path):
+    trained(*start(tmp_path, dataset, "--max_iters=3", f"--seed={2 ** 63 - 1}"))
+
+
 def test_unexpected_errors_keep_their_traceback(dataset, tmp_path, monkeypatch):
     """One line is for what the user can mend; a mistake of the program's shows where it is."""
     def mistaken(*args):
