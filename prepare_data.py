@@ -406,11 +406,13 @@ def verify(folder):
 
 
 def default_out(args):
-    """data/NAME, after the source."""
-    if args.hf:
-        return f"data/{Path(args.hf).name}{'-' + args.subset if args.subset else ''}"
-    if args.paths:
-        return f"data/{Path(os.path.realpath(os.path.expanduser(args.paths[0]))).name.split('.')[0]}"
+    """data/NAME, after the source. Raises ValueError if its name has nothing before or after its dots."""
+    if args.hf or args.paths:
+        source = args.hf or os.path.realpath(os.path.expanduser(args.paths[0]))
+        name = Path(source).name.lstrip(".")
+        if not name:
+            raise ValueError(f"{source} gives the dataset no name: choose one with --out")
+        return f"data/{name}{'-' + args.subset if args.subset else ''}" if args.hf else f"data/{name.split('.')[0]}"
     encoding = "" if args.encoding in (None, "bytes") else f"-{args.encoding}"
     return f"data/stdlib{'-site' if args.include_site_packages else ''}{encoding}"
 

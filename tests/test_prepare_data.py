@@ -338,6 +338,18 @@ def test_the_default_out_is_never_the_input(tmp_path, monkeypatch):
     assert everything(tmp_path) == before
 
 
+def test_the_default_out_always_has_a_name(tmp_path, monkeypatch):
+    """`prepare_data.py .hid` once wrote into data/ itself."""
+    write_texts(tmp_path / ".hid", 30)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    main(["../.hid", "--encoding", "bytes", "--val-fraction", "0.2"])
+    assert [p.name for p in (tmp_path / "work" / "data").iterdir()] == ["hid"]
+    for source in (["/"], ["--hf", ".."]):
+        with pytest.raises(SystemExit, match="gives the dataset no name: choose one with --out"):
+            main(source)
+
+
 def test_an_existing_dataset_is_replaced_only_when_asked(texts, tmp_path):
     files, out = find_files([texts]), tmp_path / "out"
     out.mkdir()  # empty: nothing to lose
