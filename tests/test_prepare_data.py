@@ -696,6 +696,29 @@ def test_leaked_documents_are_found(tmp_path):
     assert [len(d) for d in digests] == [3, 2] and set(digests[0]) & set(digests[1]) == {digests[1][1]} and digests[0][1] == digests[1][1]
 
 
+def test_verify_without_the_tokenizer_checks_all_that_needs_none(dataset, tmp_path):
+    """As offline, where its vocabulary cannot be had: an encoding that nobody knows fails at the same place."""
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt9"}))
+    with pytest.raises(ValueError, match="checksums and token ids are good, but .* not looked for: unknown encoding 'gpt9'"):
+        verify(copy)
+    path = copy / meta["splits"]["train"]["shards"][0]["name"]
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum mismatch"):
+        verify(copy)
+
+
+def test_verify_refuses_a_vocabulary_larger_than_the_tokenizers(dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, "vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"token ids up to 299 \(bytes\), beyond"):
+        verify(copy)
+
+
 def test_verify_sees_leaks_and_damage(dataset, tmp_path):
     copy = shutil.copytree(dataset, tmp_path / "copy")
     meta = json.loads((copy / "meta.json").read_text())
