@@ -32,7 +32,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from data import Dataset, ShardWriter, get_encoding, read_meta
+from data import GPT2_VOCABULARY, Dataset, ShardWriter, get_encoding, read_meta
 from disk import sync_folder, write_whole
 from documents import HubInput, Input, cut_for_both_splits, find_files, is_validation, text_suffix
 
@@ -388,15 +388,23 @@ def document_digests(split, end):
 
 def verify(folder):
     """Check a finished dataset in full: sizes, checksums, token range, and that no validation document is in the training
-    split (the same tokens from end to end; near-duplicates are not looked for). Raises ValueError or FileNotFoundError."""
-    known = Dataset(folder, block_size=1, verify=False).tokenizer
-    encoding = get_encoding(known)
-    dataset = Dataset(folder, block_size=1, vocab_size=None if known == "ids" else encoding.n_vocab, verify=True)
+    split (the same tokens from end to end; near-duplicates are not looked for). The tokenizer, which may have to be downloaded, comes
+    last. Raises ValueError or FileNotFoundError."""
+    opened = Dataset(folder, block_size=1, verify=False)
+    known = opened.tokenizer
+    vocab_size = opened.meta["vocab_size"] if opened.meta else None if known == "ids" else GPT2_VOCABULARY
+    dataset = Dataset(folder, block_size=1, vocab_size=vocab_size, verify=True)
     said = (f"{folder}: good: {dataset.train.tokens:,} training tokens in {len(dataset.train.shards)} shards, "
             f"{dataset.val.tokens:,} validation tokens in {len(dataset.val.shards)}, ")
     if known == "ids":
         print(f"{said}tokenizer unknown: where documents end, and whether some are in both splits, cannot be told")
         return
+    try:
+        encoding = get_encoding(known)
+    except ValueError as error:
+        raise ValueError(f"{folder}: sizes, checksums and token ids are good, but documents in both splits were not looked for: "
+                         f"{error}") from None
+    Dataset(folder, block_size=1, vocab_size=encoding.n_vocab, verify=False)  # meta.json's vocabulary may not be the tokenizer's
     held_out = set(document_digests(dataset.val, encoding.eot_token))
     leaked = held_out.intersection(document_digests(dataset.train, encoding.eot_token))
     if leaked:
@@ -406,11 +414,13 @@ def verify(folder):
 
 
 def default_out(args):
-    """data/NAME, after the source."""
-    if args.hf:
-        return f"data/{Path(args.hf).name}{'-' + args.subset if args.subset else ''}"
-    if args.paths:
-        return f"data/{Path(os.path.realpath(os.path.expanduser(args.paths[0]))).name.split('.')[0]}"
+    """data/NAME, after the source. Raises ValueError if its name has nothing before or after its dots."""
+    if args.hf or args.paths:
+        source = args.hf or os.path.realpath(os.path.expanduser(args.paths[0]))
+        name = Path(source).name.lstrip(".")
+        if not name:
+            raise ValueError(f"{source} gives the dataset no name: choose one with --out")
+        return f"data/{name}{'-' + args.subset if args.subset else ''}" if args.hf else f"data/{name.split('.')[0]}"
     encoding = "" if args.encoding in (None, "bytes") else f"-{args.encoding}"
     return f"data/stdlib{'-site' if args.include_site_packages else ''}{encoding}"
 

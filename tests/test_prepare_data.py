@@ -338,6 +338,18 @@ def test_the_default_out_is_never_the_input(tmp_path, monkeypatch):
     assert everything(tmp_path) == before
 
 
+def test_the_default_out_always_has_a_name(tmp_path, monkeypatch):
+    """`prepare_data.py .hid` once wrote into data/ itself."""
+    write_texts(tmp_path / ".hid", 30)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    main(["../.hid", "--encoding", "bytes", "--val-fraction", "0.2"])
+    assert [p.name for p in (tmp_path / "work" / "data").iterdir()] == ["hid"]
+    for source in (["/"], ["--hf", ".."]):
+        with pytest.raises(SystemExit, match="gives the dataset no name: choose one with --out"):
+            main(source)
+
+
 def test_an_existing_dataset_is_replaced_only_when_asked(texts, tmp_path):
     files, out = find_files([texts]), tmp_path / "out"
     out.mkdir()  # empty: nothing to lose
@@ -682,6 +694,29 @@ def test_leaked_documents_are_found(tmp_path):
     (train, val) = (Dataset(tmp_path, 1).train, Dataset(tmp_path, 1).val)
     digests = [list(document_digests(split, 256)) for split in (train, val)]
     assert [len(d) for d in digests] == [3, 2] and set(digests[0]) & set(digests[1]) == {digests[1][1]} and digests[0][1] == digests[1][1]
+
+
+def test_verify_without_the_tokenizer_checks_all_that_needs_none(dataset, tmp_path):
+    """As offline, where its vocabulary cannot be had: an encoding that nobody knows fails at the same place."""
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt9"}))
+    with pytest.raises(ValueError, match="checksums and token ids are good, but .* not looked for: unknown encoding 'gpt9'"):
+        verify(copy)
+    path = copy / meta["splits"]["train"]["shards"][0]["name"]
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum mismatch"):
+        verify(copy)
+
+
+def test_verify_refuses_a_vocabulary_larger_than_the_tokenizers(dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, "vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"token ids up to 299 \(bytes\), beyond"):
+        verify(copy)
 
 
 def test_verify_sees_leaks_and_damage(dataset, tmp_path):
