@@ -147,6 +147,8 @@ class Pool:
             return "done", "validation loss not finite" if loss is None else f"{loss:.4f}"
         if status == STOPPED:
             return "stopped", "stopped by a signal, and saved"
+        if status < 0:
+            return "failed", f"killed by signal {-status}"
         lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or lines
         line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
