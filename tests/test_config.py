@@ -29,7 +29,7 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--learning_rate=1e999"], "learning_rate=inf is of the wrong type"),
     (["--learning_rate=-1"], "learning_rate=-1.0 must be at least 0"),
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
-    (["--seed=9223372036854775808"], "seed=9223372036854775808 must be less than 2^63"),
+    (["--seed=9223372036854775808", "--dataset=data/none"], "seed=9223372036854775808 must be less than 2^63"),
     (["--beta1=1"], "beta1=1.0 must be between 0 and 1"),
     (["--optimizer=adam"], "optimizer='adam' is unknown: choose one of adamw, muon; did you mean adamw?"),
     (["--schedule=linear"], "schedule='linear' is unknown: choose one of cosine, wsd"),
@@ -63,7 +63,8 @@ def test_bad_configuration(arguments, message):
     ("raise RuntimeError('a\\nb')", "{} does not run: RuntimeError: a"),
     ("exit()", "{} does not run: SystemExit"),
     ("n_layer = 3\nlearning_rate: 1e-5", "{}, line 2: `learning_rate: 1e-05` assigns nothing: write `learning_rate = 1e-05`"),
-    ("if True:\n    n_layer = 3\n    try:\n        max_iters: 5\n    except OSError: pass", "{}, line 4: `max_iters: 5` assigns nothing"),
+    ("dataset = 'data/none'\nif True:\n    try:\n        max_iters: 5\n    except OSError: pass",
+     "{}, line 4: `max_iters: 5` assigns nothing"),
     ("n_layer: 12\nn_head: 12\ndevice: cuda", "{}, line 1: `n_layer: 12` assigns nothing"),  # a whole YAML file
     ('{{"n_layer": 12}}', "{} assigns no key: a config is a Python file with lines such as n_layer = 12"),  # a whole JSON file
     ("# nothing", "{} assigns no key"),
