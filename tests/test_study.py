@@ -311,6 +311,21 @@ def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):
     assert lines[1] == f"python train.py configs/study_cpu.py --learning_rate=0.004 --seed=1 --out_dir={tmp_path}/runs/one"
 
 
+def test_results_of_more_runs_are_kept(tmp_path, capsys):
+    """A look at one seed must not take the place of a whole study's results; what is no study's results is left alone, too."""
+    arguments = [str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs", f"--results={tmp_path}", "--evaluate"]
+    write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
+    path, look = tmp_path / "figure_1_necessity_cpu.json", tmp_path / "runs" / "figure_1_necessity_cpu.json"
+    path.write_text('{"runs": [1, 2]}')
+    assert main(arguments) == 0 and "holds 2 runs and stays as it is" in capsys.readouterr().out
+    assert path.read_text() == '{"runs": [1, 2]}' and len(json.loads(look.read_text())["runs"]) == 1
+    path.write_text('{"runs": [1]}')
+    assert main(arguments) == 0 and path.read_text() == look.read_text()
+    path.write_text("[]")
+    assert main(arguments) == 1 and path.read_text() == "[]"
+    assert f"error: {path} is not a study's results" in capsys.readouterr().err
+
+
 def test_printed_lines_are_all_runs_and_each_has_its_folder(tmp_path, capsys):
     """Of two models and two rows that would be named alike; before any run, and after the first row's grid."""
     path = tmp_path / "study.py"

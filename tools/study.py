@@ -8,7 +8,7 @@ Remake a result of the paper, or try an idea beside it: run what is missing, the
 
 A study is a plain file of data: see studies/common.py. Its runs are train.py's, one folder each under out/studies/<scale>, shared by all
 studies. What is finished stays; what was interrupted is resumed; Ctrl-C ends the runs after they have saved. Results are written to
-results/<study>_<scale>.json and .png from the runs that there are, and the table says which are missing.
+results/<study>_<scale>.json and .png from the runs that there are, and the table says which are missing. Results of more runs are kept.
 
 Learning rates: the first row is tuned on its grid, on the scale's tuning seeds (the first seed, if it names none), and every row runs at
 that rate with every seed, the paper's protocol. Then each row is tuned in the same way, and runs at its own best rate, ours.
@@ -252,9 +252,18 @@ def as_text(results):
     return f'{head[:-2]},\n "runs": [\n{runs}\n]\n}}\n'
 
 
-def write_results(results, folder):
-    """results/<study>_<scale>.json and, with matplotlib, .png. Prints the table."""
-    path = Path(folder) / f"{results['study']}_{results['scale']}.json"
+def runs_in(path):
+    """How many runs a results JSON holds; 0 if there is none. Raises ValueError, one line, on a file that is no study's results."""
+    try:
+        return len(json.loads(path.read_text())["runs"])
+    except FileNotFoundError:
+        return 0
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a study's results: move it away, or give another --results") from None
+
+
+def write_results(results, path):
+    """The JSON and, with matplotlib, a .png of the same name. Prints the table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, as_text(results))
     print(f"\n{results['title']}: {results['question']}\n\n{table(results)}\n")
@@ -380,14 +389,20 @@ def run_study(path, args, extra):
         return True
     study, scale = only(study, args.scale, args.rows, args.seeds)
     check_rows(study, scale)
-    folders = RunFolders(args.out or ROOT / "out" / "studies" / args.scale)
+    folders = RunFolders(Path(args.out or ROOT / "out" / "studies" / args.scale).absolute())
     if args.show:
         show(study, scale, folders, args.protocol)
         return True
+    path = Path(args.results) / f"{study['name']}_{args.scale}.json"
+    there = runs_in(path)
     failed = [] if args.evaluate else run_missing(study, scale, folders, args)
     keys = "".join(f" --{k}={v}" for k, v in extra.items())
     command = f"python -m tools.study studies/{study['name']}.py --scale={args.scale}{keys}"
-    write_results(collect(study, scale, args.scale, folders, command, args.protocol), args.results)
+    results = collect(study, scale, args.scale, folders, command, args.protocol)
+    if there > len(results["runs"]):  # a look at a few rows or seeds
+        print(f"\n{path} holds {there} runs and stays as it is: these {len(results['runs'])} go to {folders.out}")
+        path = folders.out / path.name
+    write_results(results, path)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return not failed
