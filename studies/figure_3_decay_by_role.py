@@ -2,7 +2,7 @@
 vectors are Input-Norms."""
 from studies.common import CPU_MODEL, GPU_MODEL, GPU_RATES, SEEDS
 
-MUON_RATES = (2e-3, 4e-3, 8e-3)
+MUON_RATES = (4e-3, 8e-3, 16e-3)
 GEMMA = {"qk_norm": True, "post_norm": True, "optimizer": "muon"}
 
 title = "Figure 3, weight decay by role"

@@ -8,7 +8,7 @@ question = "does the gain of the unified strategy hold under another optimizer?"
 rows = {"baseline": {}, "unified": UNIFIED}
 comparisons = {("unified", "baseline"): {"Dense-0.12B": -0.0156, "Dense-0.5B": -0.0167, "MoE-0.5B": -0.0187}}
 scales = {
-    "cpu": {"seeds": SEEDS, "models": {"0.23M": {**CPU_MODEL, "keys": MUON}}},
+    "cpu": {"seeds": SEEDS, "models": {"0.23M": {**CPU_MODEL, "keys": MUON, "learning_rates": (4e-3, 8e-3, 16e-3)}}},
     "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": MUON}}},
     "paper": {"seeds": (1,), "models": {
         "Dense-0.12B": {"config": "configs/baseline_120m_muon.py", "keys": {}, "learning_rates": (5e-3,)},
