@@ -30,8 +30,7 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
     """torch.optim parameter groups of (name, parameter) pairs, each with a `name`, its `weight_decay` and `lr_scale`; empty groups
     are left out.
 
-    hidden         the matrices of every layer, stacks of experts included: decayed
-    router         the matrices that choose experts: decayed
+    hidden         the matrices of every layer, routers and stacks of experts included: decayed
     head           the output matrix (with a tied head it is the embedding): decayed
     embedding      the look-up table: decayed if decay_embeddings
     scale_decayed  scale vectors that the policy decays. Of OR and ER both β and α are (the paper does not say). Decay on OR's α only
@@ -45,7 +44,7 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
         raise ValueError(f"scale_weight_decay={scale_weight_decay!r} is unknown: "
                          f"choose one of {', '.join(SCALE_DECAY_POLICIES)}")
     scales = {p: module for module in model.modules() if isinstance(module, ScaleVector) for p in module.parameters()}
-    groups = {name: [] for name in ("hidden", "router", "head", "embedding", "scale_decayed", "scale")}
+    groups = {name: [] for name in ("hidden", "head", "embedding", "scale_decayed", "scale")}
     for name, p in model.named_parameters():
         if p in scales:
             decayed = SCALE_DECAY_POLICIES[scale_weight_decay](scales[p])
@@ -55,7 +54,7 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
         elif name.startswith("head.") and p.ndim == 2:
             groups["head"].append((name, p))
         elif name.startswith("layers.") and p.ndim >= 2:
-            groups["router" if name.endswith(".router") else "hidden"].append((name, p))
+            groups["hidden"].append((name, p))
         else:
             raise ValueError(f"parameter {name} of shape {tuple(p.shape)} fits no group: give it one in param_groups")
     decay = {"embedding": weight_decay if decay_embeddings else 0.0, "scale": 0.0}

@@ -11,7 +11,7 @@ vocab_size = 50304  # untied; d_ff = int(8/3 n_embd) is the default
 # 512 sequences a step: 16 at once x 32. Eight GPUs make 4 micro-steps each, one GPU makes 32; the losses are the same
 batch_size = 16
 gradient_accumulation_steps = 32
-tokens_per_param = 100  # "about 100": figure 6's run ends at 9.83B tokens, --max_iters=18750
+max_iters = 18750  # 9.83B tokens, where the curves of figure 6 end; the paper says "about 100" a parameter
 
 learning_rate = 4e-3  # the best of {6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3} for the baseline; unified uses the same
 schedule = "cosine"  # to learning_rate/20, train.py's default

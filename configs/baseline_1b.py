@@ -7,4 +7,5 @@ n_layer = 22
 n_head = 28
 n_embd = 1792
 
+max_iters = 46875  # 98.3B tokens, as in figure 6
 learning_rate = 1e-3

@@ -7,4 +7,5 @@ n_layer = 12
 n_head = 16
 n_embd = 1024
 
+max_iters = 46875  # 24.6B tokens, as in figure 6
 learning_rate = 2e-3

@@ -7,4 +7,5 @@ n_layer = 20
 n_head = 16
 n_embd = 1024
 
+max_iters = 67650  # 35.5B tokens, 100 a parameter
 learning_rate = 2e-3  # its neighbours'

@@ -8,4 +8,5 @@ n_head = 16
 n_embd = 1024
 d_shared_expert = 2730
 
+max_iters = 16927  # 35.5B tokens, 100 an activated parameter
 learning_rate = 1e-3

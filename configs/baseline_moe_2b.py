@@ -8,4 +8,5 @@ n_head = 20
 n_embd = 1280
 d_shared_expert = 3413
 
+max_iters = 29605  # 62.1B tokens, 100 an activated parameter
 learning_rate = 6e-4

@@ -8,4 +8,5 @@ n_head = 12
 n_embd = 768
 d_shared_expert = 2048
 
+max_iters = 35033  # 18.4B tokens, 100 an activated parameter
 learning_rate = 2e-3

@@ -12,4 +12,5 @@ block_size = 4096
 batch_size = 4
 gradient_accumulation_steps = 128
 eval_iters = 50
+max_iters = 13411  # 28.1B tokens, 100 an activated parameter
 learning_rate = 2e-3

@@ -12,6 +12,6 @@ scales = {
     "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": MUON}}},
     "paper": {"seeds": (1,), "models": {
         "Dense-0.12B": {"config": "configs/baseline_120m_muon.py", "keys": {}, "learning_rates": (5e-3,)},
-        "Dense-0.5B": {"config": "configs/baseline_500m.py", "keys": MUON, "learning_rates": (2e-3,)},
+        "Dense-0.5B": {"config": "configs/baseline_500m.py", "keys": MUON, "learning_rates": (4e-3,)},  # ours: Gemma-0.5B's
         "MoE-0.5B": {"config": "configs/baseline_moe_500m_muon.py", "keys": {}, "learning_rates": (4e-3,)}}},
 }

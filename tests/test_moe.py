@@ -178,9 +178,10 @@ def test_counts():
     assert dense.num_params("active") == dense.num_params("total")
 
 
-def test_router_is_not_muons():
+def test_muon_takes_every_matrix_of_the_blocks():
+    """The router too: the paper's appendix B has AdamW for scale vectors, embedding and output alone."""
     groups = {g["name"]: g["params"] for g in param_groups(tiny_gpt(**EXPERTS), 0.1)}
-    assert len(groups["router"]) == 2 and len(groups["hidden"]) == 2 * (4 + 3)
+    assert len(groups["hidden"]) == 2 * (4 + 1 + 3)
 
 
 @pytest.mark.parametrize("keys, message", [

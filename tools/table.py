@@ -6,7 +6,7 @@ The table of model sizes in docs/studies.md, as Markdown: tables 4 and 5 of the 
 Counts come from the model itself, on the meta device. Tokens are max_iters global batches. FLOPs are GPT.flops_per_token times tokens.
 Memory is for one GPU under AdamW, and an estimate (our formula, not a measurement): 16 bytes a parameter (float32 weight, gradient and two
 moments), 2 for the bfloat16 copy a step makes, and per token of a micro-batch 2 bytes x (14 n_embd + 6 x the SwiGLU widths it meets) a
-layer, 4 for each logit (the head's bfloat16 product and its gradient), and 4 more for a logit of the chunk that exists in float32 at a time.
+layer, 4 for each logit (the head's bfloat16 product and its gradient), and 4 more for each logit of the chunk that exists in float32.
 """
 from pathlib import Path
 
