@@ -264,6 +264,22 @@ def sharpness(w, gamma, target):
     return (hessian_eigenvalues(w, gamma, target)[1].amax(-1), (gamma ** 2 + w ** 2).sum(-1), squares.sum(-1).sqrt())
 
 
+def sgd_descent(gradient, hessian, covariance, lr):
+    """E[L(θ - η(∇L + ξ))] - L = -η‖∇L‖² + ½η² ∇Lᵀ H ∇L + ½η² Tr(H C), up to o(η²), for noise ξ of mean 0 and covariance C; exact for a
+    quadratic loss. Paper, eq. 31: the last term is what noise costs, and it grows with the sharpness of H.
+    gradient (n,), hessian and covariance (n, n), lr η -> ()."""
+    return (-lr * gradient.square().sum() + 0.5 * lr ** 2 * gradient @ hessian @ gradient
+            + 0.5 * lr ** 2 * (hessian * covariance).sum())
+
+
+# What Tr(H C) is, or at most is, by what one takes the noise to be; sigma2 stands for σ², loss for L. Paper, C.2.2
+NOISE_TERMS = {
+    "bounded": lambda H, sigma2: sigma2 * torch.linalg.eigvalsh(H)[-1],  # E‖ξ‖² ≤ σ²: at most σ² λ_max; so with σ₀² + σ₁²‖∇L‖² or σ² L
+    "isotropic": lambda H, sigma2: sigma2 * H.trace(),  # C = σ² I
+    "aligned": lambda H, sigma2: sigma2 * H.square().sum(),  # C = σ² H: σ² ‖H‖_F²; σ² = 2 L near interpolation
+}
+
+
 def simulate_sde(w, gamma, target, decay_w, decay_gamma, noise, time_end, steps, every, seed=0):
     """SGD in continuous time, dw = -(γ g + λ w) dt + √q dB, dγ = -(w g + μ γ) dt + √q dB', g = γ w - w* (paper, eqs. 17-18), by
     Euler-Maruyama. w, gamma (paths, d), target (d,), noise q. Yields (t, w, gamma) at t = 0 and after each `every` steps.

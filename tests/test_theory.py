@@ -167,6 +167,28 @@ def test_table_1_as_preconditioners(row):
     close(P, expected)
 
 
+def test_table_2_a_form_sees_the_state_and_adam_the_history():
+    """Two histories that end at one state: the form's preconditioner there is the same, Adam's is not (the paper's table 2)."""
+    W, rows = table_1_rows()
+    params = [p.clone() for p in (W, *rows["DP"][0])]
+    ends = []
+    for shift in (1.0, -2.0):
+        history = torch.nn.ParameterList(p + shift for p in params)
+        adam = torch.optim.Adam(history, lr=0.0)
+        for step in range(3):
+            with torch.no_grad():
+                for p, end in zip(history, params):
+                    p.copy_(end + shift * (2 - step))
+            adam.zero_grad()
+            theory.TABLE_1["DP"](*history).tanh().sum().backward()
+            adam.step()
+        ends.append((theory.induced_preconditioner(theory.TABLE_1["DP"], [p.detach() for p in history]),
+                     [adam.state[p]["exp_avg_sq"] for p in history]))
+    (first, first_moments), (second, second_moments) = ends
+    close(first, second)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(first_moments, second_moments))
+
+
 def test_the_table_has_the_papers_rows():
     assert list(theory.TABLE_1) == ["standard", "HG", "AP", "DP", "OR", "ER"]
 
@@ -296,6 +318,32 @@ def test_hessian_of_the_coordinate_loss():
     close(torch.stack(theory.hessian_eigenvalues(w, gamma, target), -1), values)
     largest, trace, frobenius = theory.sharpness(w, gamma, target)
     close(torch.stack((largest, trace, frobenius)), torch.stack((torch.linalg.eigvalsh(whole)[-1], whole.trace(), whole.norm())))
+
+
+def test_what_sharpness_does_to_sgds_descent():
+    """Appendix C.2.2 on a quadratic loss: the mean over every noise of a finite set is exact, each noise term is Tr(H C) or bounds it,
+    and the descent lemma holds."""
+    _, _, random = problem(1, 3, 3)
+    n, lr, sigma2 = 5, 0.03, 0.7
+    A, minimum, theta = random(n, n), random(n), random(n)
+    H = A @ A.T  # positive definite
+    loss = lambda x: 0.5 * (x - minimum) @ H @ (x - minimum)  # noqa: E731
+    gradient = theory.gradients(loss, [theta])[0]
+    half = random(n, n)
+    noises = torch.cat((half, -half)) * n ** 0.5  # of mean 0 and covariance halfᵀ half
+    C = half.T @ half
+    close(C, noises.T @ noises / len(noises))
+    mean = torch.stack([loss(theta - lr * (gradient + xi)) for xi in noises]).mean()
+    close(mean - loss(theta), theory.sgd_descent(gradient, H, C, lr))
+    eye, none = torch.eye(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    quiet = theory.sgd_descent(gradient, H, none, lr)
+    assert quiet <= -lr * (1 - lr * torch.linalg.eigvalsh(H)[-1] / 2) * gradient.square().sum()
+    for kind, covariance in (("isotropic", sigma2 * eye), ("aligned", sigma2 * H)):
+        close(theory.sgd_descent(gradient, H, covariance, lr) - quiet, lr ** 2 / 2 * theory.NOISE_TERMS[kind](H, sigma2))
+    noise_term, bound = (H * C).sum(), theory.NOISE_TERMS["bounded"](H, C.trace())
+    assert 0 < noise_term <= bound
+    worst = torch.linalg.eigh(H)[1][:, -1]  # noise along the sharpest direction meets the bound
+    close((H * C.trace() * torch.outer(worst, worst)).sum(), bound)
 
 
 def simulated(decay_gamma, paths, time_end, steps, every, target=1.0, noise=0.1, decay_w=0.1, seed=0):
