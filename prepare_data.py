@@ -443,7 +443,7 @@ def main(argv=None):
     parser.add_argument("--include-site-packages", action="store_true", help="built-in dataset: installed packages too")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--verify", metavar="FOLDER", help="check a finished dataset instead of making one")
-    parser.add_argument("--skip-bad", action="store_true", help="skip and count records without text and damaged files")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count files and records without text, and damaged files")
     args, out = parser.parse_args(argv), None
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:

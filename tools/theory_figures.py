@@ -1,5 +1,5 @@
 """
-Draws what theory.py states, on small problems integrated numerically, a minute on one CPU core.
+Draws what theory.py states, on small problems integrated numerically, half a minute on one CPU core.
 
   python -m tools.theory_figures          writes figures/theory_*.png; another folder can be named after it
 
