@@ -27,7 +27,8 @@ comparisons = {
     ("unified", "baseline"): {"0.12B": -0.0331},
     ("baseline without decay on γ", "baseline"): {}, ("unified", "baseline without decay on γ"): {},
 }
-panels = [["baseline", "HG"], ["HG", "HG + AP", "HG + DP", "HG + DNP"],
+# the paper draws unified in the last panel alone
+panels = [["baseline", "HG", "unified"], ["HG", "HG + AP", "HG + DP", "HG + DNP"],
           ["HG + DP", "HG + DNP", "HG + DP + OR", "HG + DP + ER", "HG + DNP + OR", "HG + DNP + ER"],
           ["HG + DNP + OR", "HG + DNP + ER", "unified", "HG + DNP + ER + IWD"]]
 scales = {"cpu": {**CPU, "seeds": FIVE_SEEDS}, "gpu": GPU, "paper": PAPER}

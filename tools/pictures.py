@@ -50,6 +50,7 @@ def relative_loss(results):
             tokens, last = points[-1]
             if last["low"] is not None:
                 axis.plot([tokens * (1.01 + 0.012 * color)] * 2, [last["low"], last["high"]], color=f"C{color}", linewidth=1.5)
+                ends += [last["low"], last["high"]]
             ends.append(last["difference"])
             for c in results["results"][model]["comparisons"]:
                 if (c["row"], c["other"]) == (row, rows[0]) and c["paper"]:
@@ -58,7 +59,7 @@ def relative_loss(results):
                               transform=axis.get_yaxis_transform())
         if ends:  # early losses differ by far more than the last ones, which are the matter
             low, high = min(0, *ends), max(0, *ends)
-            margin = 0.6 * (high - low) + 0.004
+            margin = 0.2 * (high - low) + 0.004
             axis.set_ylim(low - margin, high + margin)
         axis.set(xlabel="tokens", ylabel=f"loss minus that of {rows[0]}", title=model if len(results["results"]) > 1 else None)
         axis.grid(alpha=0.3)
