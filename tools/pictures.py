@@ -98,6 +98,9 @@ def scaling(results):
             ends = [min(c for c, _ in points), max(c for c, _ in points)]
             axis.plot(ends, [a * c ** -b for c in ends], "--", color=f"C{color}", linewidth=1, label=f"{a:.3g} C^−{b:.4f}")
     axis.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)", ylabel="terminal validation loss")
+    axis.xaxis.set_minor_formatter("")
+    axis.yaxis.set_major_formatter("{x:.2f}")
+    axis.yaxis.set_minor_formatter("{x:.2f}")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     return figure
