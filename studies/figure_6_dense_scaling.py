@@ -10,7 +10,7 @@ picture = "scaling"
 scales = {
     "cpu": {"seeds": SEEDS, "models": {
         "0.05M": {**CPU_MODEL, "keys": {"n_layer": 3, "n_embd": 32, "n_head": 2, "batch_size": 1}},
-        "0.11M": {**CPU_MODEL, "keys": {"n_layer": 3, "n_embd": 48, "n_head": 3, "batch_size": 2}},
+        "0.11M": {**CPU_MODEL, "keys": {"n_layer": 3, "n_embd": 48, "n_head": 3, "batch_size": 2}, "learning_rates": (4e-3, 8e-3, 16e-3)},
         "0.23M": CPU_MODEL,
         "0.43M": {**CPU_MODEL, "keys": {"n_layer": 5, "n_embd": 80, "n_head": 5, "batch_size": 8}}}},
     "paper": {"seeds": (1,), "models": {

@@ -123,7 +123,9 @@ def test_summary_by_both_protocols():
     found = summarize(STUDY, SCALE, losses)["m"]
     assert found["rows"]["b"]["tuned"] == {"learning_rate": 2e-3, "loss": None, "seeds": 2, "diverged": 1}
     assert found["comparisons"][0]["tuned"] is None
-    assert "diverged (1 of 2)" in table({"results": {"m": found}})
+    text = table({"results": {"m": found}, "models": {"m": {"learning_rates": [1e-3, 2e-3]}}})
+    assert "diverged (1 of 2)" in text and "at an edge of their grid, so perhaps not the best: m: 0.002." in text
+    assert "edge" not in table({"results": {"m": found}, "models": {"m": {"learning_rates": [1e-3, 2e-3, 4e-3]}}})
 
 
 def test_only_some_rows_and_seeds():

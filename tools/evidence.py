@@ -171,12 +171,17 @@ def interval(found):
 
 def table(results):
     """The summary as Markdown: the losses of all rows, and the differences of those that are compared."""
-    lines = ["| model | row | loss at the tuned rate | seeds | loss at its own best rate |", "| --- | --- | --- | --- | --- |"]
+    edges, lines = [], ["| model | row | loss at the tuned rate | seeds | loss at its own best rate |", "| --- | --- | --- | --- | --- |"]
     for model, found in results["results"].items():
         for row, protocols in found["rows"].items():
             tuned, own = protocols.get("tuned"), protocols.get("own")
             lines.append(f"| {model} | {row} | {loss_and_rate(tuned) if tuned else 'not run'} | {tuned['seeds'] if tuned else 0} | "
                          f"{loss_and_rate(own) if own else ''} |")
+        rates = results["models"][model]["learning_rates"]
+        if len(rates) > 1 and found["tuned_rate"] in (min(rates), max(rates)):
+            edges.append(f"{model}: {found['tuned_rate']:g}")
+    if edges:
+        lines += ["", f"Tuned rates at an edge of their grid, so perhaps not the best: {', '.join(edges)}."]
     compared = [(model, c) for model, found in results["results"].items() for c in found["comparisons"]]
     if compared:
         lines += ["", "| model | row | against | difference [95%], tuned rate | own best rates | the paper's | |",
