@@ -446,7 +446,7 @@ def test_fill_writes_numbers_between_markers(tmp_path):
     pytest.importorskip("scipy", reason="intervals need the optional package scipy")
     losses = {("m", row, 1e-3, seed): {"a": 2.0, "b": 1.5}[row] + seed / 100 * (row == "b") for row in "ab" for seed in (1, 2)}
     scale = {"seeds": (1, 2), "models": {"m": {"learning_rates": (1e-3,)}}}
-    results = {"study": "s", "rows": STUDY["rows"], "results": summarize(STUDY, scale, losses), "fit": None}
+    results = {"study": "s", "rows": STUDY["rows"], "models": scale["models"], "results": summarize(STUDY, scale, losses), "fit": None}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "s_cpu.json").write_text(json.dumps(results))
     (tmp_path / "docs").mkdir()
