@@ -1,6 +1,8 @@
 # The studies' model for one H100: the paper's 0.12B for as many tokens as ten minutes give, in small batches to make many steps.
 from configs.baseline_120m import *
 
+out_dir = "out/study_gpu"
+
 batch_size = 64  # 65,536 tokens a step
 gradient_accumulation_steps = 1
 max_iters = 3500

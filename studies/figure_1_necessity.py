@@ -6,11 +6,11 @@ SHORT = ("baseline", "no scale vectors", "baseline without decay on γ")
 title = "Figure 1, are scale vectors necessary?"
 question = "how much worse is a model whose normalizations have no scale vector?"
 rows = {"baseline": {}, "no scale vectors": NONE, "baseline without decay on γ": NO_DECAY,
-        "no scale vectors, 1.4 x the steps": NONE, "no scale vectors, 1.2 x the steps": NONE}
+        "no scale vectors for 1.4 x the steps": NONE, "no scale vectors for 1.2 x the steps": NONE}
 comparisons = {("no scale vectors", "baseline"): {"0.12B": 0.028, "0.12B at its own best rate": 0.015},
                ("baseline without decay on γ", "baseline"): {}, ("no scale vectors", "baseline without decay on γ"): {},
-               ("no scale vectors, 1.4 x the steps", "baseline"): {},  # the paper: equal, at the baseline's rate
-               ("no scale vectors, 1.2 x the steps", "baseline"): {}}  # the paper: equal, at its own best rate
+               ("no scale vectors for 1.4 x the steps", "baseline"): {},  # the paper: equal, at the baseline's rate
+               ("no scale vectors for 1.2 x the steps", "baseline"): {}}  # the paper: equal, at its own best rate
 longer = {"paper": (26250, 22500), "gpu": (4900, 4200)}
 scales = {"cpu": {**CPU, "models": {"0.23M": {**CPU_MODEL, "rows": SHORT}}}}
 for scale, spec in (("gpu", GPU), ("paper", PAPER)):

@@ -9,8 +9,8 @@ title = "Figure 3, weight decay by role"
 question = "does decay help on Input-Norms and hurt on Output-Norms?"
 rows = {"decay all": {}, "decay Input-Norms only": {"scale_weight_decay": "input_norm"},
         "decay Output-Norms only": {"scale_weight_decay": "output_norm"}, "decay none": {"scale_weight_decay": "none"}}
-comparisons = {("decay Input-Norms only", "decay all"): {"Gemma-0.5B, 50B tokens": -0.0192, "10B tokens": -0.0008},
-               ("decay Output-Norms only", "decay all"): {"Gemma-0.5B, 50B tokens": 0.0018, "10B tokens": 0.0036},
+comparisons = {("decay Input-Norms only", "decay all"): {"Gemma-0.5B, 50B tokens": -0.0192, "Gemma-0.5B, 10B tokens": -0.0008},
+               ("decay Output-Norms only", "decay all"): {"Gemma-0.5B, 50B tokens": 0.0018, "Gemma-0.5B, 10B tokens": 0.0036},
                ("decay none", "decay all"): {}}
 scales = {
     "cpu": {"seeds": SEEDS, "models": {"Gemma-like": {**CPU_MODEL, "keys": GEMMA, "learning_rates": MUON_RATES},

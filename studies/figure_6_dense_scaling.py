@@ -6,7 +6,7 @@ question = "does the gain of the unified strategy last as models grow?"
 rows = {"baseline": {}, "unified": UNIFIED}
 comparisons = {("unified", "baseline"): {"0.12B": -0.0331, "0.25B": -0.0244, "0.5B": -0.0416, "0.75B": -0.0373, "1B": -0.0148}}
 picture = "scaling"
-# at the cpu scale the batch grows with the model: equal steps, and about 5.6 tokens a parameter
+# at the cpu scale the batch grows with the model: equal steps, and about 6 tokens a parameter
 scales = {
     "cpu": {"seeds": SEEDS, "models": {
         "0.05M": {**CPU_MODEL, "keys": {"n_layer": 3, "n_embd": 32, "n_head": 2, "batch_size": 1}},

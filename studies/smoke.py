@@ -1,4 +1,4 @@
-"""Does the tool work here? Three tiny runs, a few seconds each; the losses mean nothing."""
+"""Does the tool work here? Four tiny runs, a few seconds each; the losses mean nothing."""
 from studies.common import UNIFIED
 
 title = "Smoke"

@@ -20,8 +20,9 @@ from conftest import ROOT
 from config import load_config
 from tools import evidence
 from tools.evidence import best_rate, bootstrap, compute_multiplier, fill, paired, power_law, quote, summarize, table, verdict
-from tools.runs import Pool, RunFolders, settings_of
-from tools.study import curves, load_study, losses_of, main, only, plan, write_docs, yours
+from tools.results import curves
+from tools.runs import Pool, RunFolders, gpu_for, settings_of
+from tools.study import load_study, losses_of, main, only, plan, write_docs, yours
 
 STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
 RESULTS = sorted((ROOT / "results").glob("*_*.json"))
@@ -45,7 +46,8 @@ def test_paired_is_scipys_interval():
 
 
 def test_paired_without_pairs(monkeypatch):
-    assert paired({1: 1.0}, {2: 1.0}) is None and paired({1: math.inf}, {1: 1.0}) is None
+    assert paired({1: 1.0}, {2: 1.0}) is None
+    assert paired({1: math.inf, 2: 1.0}, {1: 1.0, 2: 1.0}) == {"difference": None, "low": None, "high": None, "seeds": 2, "diverged": 1}
     assert paired({1: 1.0}, {1: 1.5}) == {"difference": -0.5, "low": None, "high": None, "seeds": 1}
     monkeypatch.setattr(evidence, "stats", None)  # no scipy: the mean without an interval
     assert paired({1: 1.0, 2: 2.0}, {1: 0.0, 2: 0.0}) == {"difference": 1.5, "low": None, "high": None, "seeds": 2}
@@ -122,10 +124,11 @@ def test_summary_by_both_protocols():
     losses["m", "b", 2e-3, 2] = math.inf
     found = summarize(STUDY, SCALE, losses)["m"]
     assert found["rows"]["b"]["tuned"] == {"learning_rate": 2e-3, "loss": None, "seeds": 2, "diverged": 1}
-    assert found["comparisons"][0]["tuned"] is None
+    assert found["comparisons"][0]["tuned"]["difference"] is None
     text = table({"results": {"m": found}, "models": {"m": {"learning_rates": [1e-3, 2e-3]}}})
-    assert "diverged (1 of 2)" in text and "at an edge of their grid, so perhaps not the best: m: 0.002." in text
-    assert "edge" not in table({"results": {"m": found}, "models": {"m": {"learning_rates": [1e-3, 2e-3, 4e-3]}}})
+    assert "| m | b | diverged (1 of 2) at 0.002 \\* | 2 |" in text and "| b | a | diverged (1 of 2 seeds) |" in text
+    assert "\\* the last rate of its grid" in text
+    assert "1.1500 at 0.002 | 2 |" in table({"results": {"m": found}, "models": {"m": {"learning_rates": [5e-4, 1e-3, 2e-3, 4e-3]}}})
 
 
 def test_only_some_rows_and_seeds():
@@ -135,6 +138,17 @@ def test_only_some_rows_and_seeds():
     assert ("HG + DP", "HG") in cut["comparisons"] and all({r, o} <= set(cut["rows"]) for r, o in cut["comparisons"])
     with pytest.raises(ValueError, match="no row 'nothing'"):
         only(study, "cpu", ["nothing"], None)
+
+
+@pytest.mark.parametrize("name, row", [("figure_1_necessity", "baseline without decay on γ"), ("figure_6_dense_scaling", "baseline"),
+                                       ("figure_3_decay_by_role", "decay Input-Norms only")])
+def test_one_row_of_a_study_can_be_evaluated(name, row, tmp_path):
+    """Models that run some rows only, and a fit that needs two."""
+    places = [f"--out={tmp_path}/runs", f"--results={tmp_path}/results"]
+    assert main([str(ROOT / "studies" / f"{name}.py"), f"--rows={row}", *places, "--evaluate"]) == 0
+    results = json.loads((tmp_path / "results" / f"{name}_cpu.json").read_text())
+    assert row in results["rows"] and results["fit"] is None
+    assert results["command"] == f"python -m tools.study studies/{name}.py --scale=cpu {shlex.quote(f'--rows={row}')}"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
@@ -182,8 +196,51 @@ def test_a_run_continued_to_more_steps_is_not_replaced(tmp_path):
     write_run(wanted.folder, [config, "--seed=1", "--learning_rate=0.004", "--max_iters=9999"])
     again = RunFolders(tmp_path).find("baseline", config, keys)
     assert again.state == "missing" and again.folder != wanted.folder
-    (tmp_path / "baseline-lr0.004-seed1-2").mkdir()  # something else of that name
-    assert RunFolders(tmp_path).find("baseline", config, keys).folder.name == "baseline-lr0.004-seed1-3"
+    Path(f"{wanted.folder}-2").mkdir()  # something else of that name
+    assert RunFolders(tmp_path).find("baseline", config, keys).folder.name == f"{wanted.folder.name}-3"
+
+
+def test_two_tools_at_once_do_not_take_each_others_runs(tmp_path):
+    """Each claimed its folders when it started, and neither knows of the other."""
+    tools = RunFolders(tmp_path), RunFolders(tmp_path)
+    keys = {"seed": 1, "learning_rate": 0.004}
+    one = tools[0].find("baseline", "configs/study_cpu.py", keys)
+    other = tools[1].find("baseline", "configs/study_cpu.py", {**keys, "schedule": "wsd"})
+    write_run(one.folder, one.arguments)
+    assert one.state == "done" and other.state == "missing"
+    assert tools[1].find("baseline", "configs/study_cpu.py", keys).state == "done"  # the very same run is shared
+
+
+def test_of_two_copies_of_a_run_the_finished_one_counts(tmp_path):
+    arguments = ["configs/study_cpu.py", "--seed=1"]
+    for name, finished in (("a", True), ("b", False)):
+        write_run(tmp_path / name, arguments, finished=finished)
+    assert RunFolders(tmp_path).find("x", "configs/study_cpu.py", {"seed": 1}).folder.name == "a"
+
+
+def test_a_damaged_summary_names_its_file(tmp_path):
+    write_run(tmp_path / "a", ["configs/study_cpu.py"])
+    for text in ("", "{}", "3", "[]"):
+        (tmp_path / "a" / "summary.json").write_text(text)
+        with pytest.raises(ValueError, match="a/summary.json is not what train.py leaves"):
+            RunFolders(tmp_path).find("x", "configs/study_cpu.py", {}).summary()
+
+
+def test_only_what_this_start_said_counts(tmp_path):
+    """An error of an earlier start, still in output.txt, is not this one's."""
+    write_run(tmp_path / "a", ["configs/study_cpu.py"], finished=False)
+    run = RunFolders(tmp_path).find("x", "configs/study_cpu.py", {})
+    old = "error: 3 steps in a row up to step 9 were not finite\n"
+    (run.folder / "output.txt").write_text(old + "error: out of memory\n")
+    assert Pool.outcome(run, 1, before=len(old)) == ("failed", "out of memory") and run.state == "interrupted"
+    assert Pool.outcome(run, 1)[0] == "failed"
+    (run.folder / "output.txt").write_text(old)
+    assert Pool.outcome(run, 1)[0] == "diverged" and run.state == "diverged"
+
+
+@pytest.mark.parametrize("visible, gpus", [("", ["0", "1", "0"]), ("4,5", ["4", "5", "4"]), ("GPU-a", ["GPU-a"] * 3)])
+def test_each_run_gets_a_gpu_of_its_own(visible, gpus):
+    assert [gpu_for(slot, 2, visible) for slot in range(3)] == gpus
 
 
 def test_studies_share_runs(tmp_path):
@@ -193,9 +250,10 @@ def test_studies_share_runs(tmp_path):
     assert {r.folder for r in runs[0].values()} == {r.folder for r in runs[1].values()}
 
 
-def test_curves_pass_over_a_half_written_line(tmp_path):
+def test_curves_pass_over_lines_that_are_no_record(tmp_path):
     log = tmp_path / "log.jsonl"
-    log.write_text('{"event":"eval","step":0,"tokens":0,"val_loss":5.5}\n{"event":"matrix","step":0,"name":"layers.0.q","norm":2.0}\n{"event":"ev')
+    log.write_text('3\n{"event":"eval"}\n[]\n'
+                   '{"event":"eval","step":0,"tokens":0,"val_loss":5.5}\n{"event":"matrix","step":0,"name":"layers.0.q","norm":2.0}\n{"event":"ev')
     assert curves(log, None) == {"curve": [[0, 5.5]]}
     assert curves(log, "layers.0") == {"curve": [[0, 5.5]], "norms": {"layers.0.q": [[0, 2.0]]}}
 
@@ -305,7 +363,7 @@ def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):
     write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
     arguments = [str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs", f"--results={tmp_path}/results"]
     assert main([*arguments, "--evaluate"]) == 0
-    assert "2 runs are missing" in capsys.readouterr().out
+    assert "2 runs or more are missing" in capsys.readouterr().out
     results = json.loads((tmp_path / "results" / "figure_1_necessity_cpu.json").read_text())
     assert results["runs"][0]["val_loss"] == 1.25 and results["results"]["0.23M"]["tuned_rate"] is None
     assert main([*arguments, "--print"]) == 0
@@ -313,16 +371,22 @@ def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):
     assert lines[1] == f"python train.py configs/study_cpu.py --learning_rate=0.004 --seed=1 --out_dir={tmp_path}/runs/one"
 
 
-def test_results_of_more_runs_are_kept(tmp_path, capsys):
+def test_results_that_hold_other_runs_are_kept(tmp_path, capsys, monkeypatch):
     """A look at one seed must not take the place of a whole study's results; what is no study's results is left alone, too."""
     arguments = [str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs", f"--results={tmp_path}", "--evaluate"]
     write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
     path, look = tmp_path / "figure_1_necessity_cpu.json", tmp_path / "runs" / "figure_1_necessity_cpu.json"
-    path.write_text('{"runs": [1, 2]}')
-    assert main(arguments) == 0 and "holds 2 runs and stays as it is" in capsys.readouterr().out
-    assert path.read_text() == '{"runs": [1, 2]}' and len(json.loads(look.read_text())["runs"]) == 1
-    path.write_text('{"runs": [1]}')
-    assert main(arguments) == 0 and path.read_text() == look.read_text()
+    run = {"model": "0.23M", "row": "baseline", "learning_rate": 0.004, "seed": 1}
+    more = json.dumps({"runs": [{**run, "seed": 2}]})  # not more in number, but another
+    path.write_text(more)
+    assert main(arguments) == 0 and "holds 1 runs that these lack" in capsys.readouterr().out
+    assert path.read_text() == more and len(json.loads(look.read_text())["runs"]) == 1
+    path.write_text(json.dumps({"runs": [run]}))
+    if evidence.stats:
+        assert main(arguments) == 0 and path.read_text() == look.read_text()
+    monkeypatch.setattr(evidence, "stats", None)  # no scipy: a table without intervals
+    path.write_text(json.dumps({"runs": [run]}))
+    assert main(arguments) == 0 and path.read_text() == json.dumps({"runs": [run]})
     path.write_text("[]")
     assert main(arguments) == 1 and path.read_text() == "[]"
     assert f"error: {path} is not a study's results" in capsys.readouterr().err
@@ -370,6 +434,7 @@ def test_track_takes_a_config_and_keys(tmp_path):
     assert path == str(track) and extra == {"scale_placement": "dual", "scale_lr": 3}
     study = load_study(track, "cpu", extra)
     assert study["rows"]["yours"] == extra and ("yours", "unified") in study["comparisons"]
+    assert study["name"] == "track_scale_placement_dual_scale_lr_3"  # each idea has results of its own
     with pytest.raises(ValueError, match="has no row of yours"):
         load_study(ROOT / "studies" / "smoke.py", "cpu", extra)
 
@@ -377,13 +442,17 @@ def test_track_takes_a_config_and_keys(tmp_path):
 def test_the_tracks_rule():
     rule = load_study(ROOT / "studies" / "track.py", "cpu")["rule"]
     for low, difference, high, better in ((-0.03, -0.02, -0.01, True), (-0.03, -0.01, 0.001, False), (-0.005, -0.004, -0.003, False)):
-        assert evidence.judge(rule, {"own": {"difference": difference, "low": low, "high": high, "seeds": 5}}) is better
-    assert evidence.judge(rule, {"own": None}) is False
+        found = {"difference": difference, "low": low, "high": high, "seeds": 5}
+        assert evidence.judge(rule, {"own": found}) == ("better" if better else "does not count as better")
+        assert evidence.judge(rule, {"own": {**found, "seeds": 4}}) == "not run with 5 seeds yet"
+    assert evidence.judge(rule, {"own": None}) == "not run with 5 seeds yet"
+    assert evidence.judge(rule, {"own": paired({s: math.inf for s in range(5)}, {s: 1.0 for s in range(5)})}) == "does not count as better"
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["studies/nothing.py"], "study not found"), (["{smoke}", "--scale=huge"], "no scale 'huge'"),
-    (["{smoke}", "--lerning_rate=1"], "unknown key"), (["{smoke}", "--rows=x"], "no row 'x'")])
+    (["{smoke}", "--lerning_rate=1"], "unknown key"), (["{smoke}", "--rows=x"], "no row 'x'"),
+    (["{smoke}", "--seed=1"], "leave seed out")])
 def test_errors_are_one_line(arguments, says, capsys):
     assert main([a.format(smoke=ROOT / "studies" / "smoke.py") for a in arguments]) == 1
     err = capsys.readouterr().err
@@ -397,7 +466,10 @@ def test_errors_are_one_line(arguments, says, capsys):
     ("del scales['cpu']['models']['tiny']['keys']", "model 'tiny' needs 'keys'"),
     ("del scales['cpu']['models']['tiny']['config']", "model 'tiny' needs 'config'"),
     ("scales['cpu']['models']['tiny']['learning_rates'] = ()", "needs 'learning_rates'"),
-    ("scales['cpu']['models']['tiny']['rows'] = ('x',)", "names rows that the study does not have")])
+    ("scales['cpu']['models']['tiny']['rows'] = ('x',)", "names no row, or one that the study does not have"),
+    ("scales['cpu']['models']['tiny']['rows'] = ()", "names no row"), ("scales['cpu']['rows'] = {'baseline': 1}", "'rows' must be"),
+    ("rows = {'a, b': {}}", "may have a comma"), ("panels = 3", "panels must be"), ("comparisons = [1]", "comparisons must be"),
+    ("comparisons = {('unified', 'baseline'): None}", "comparisons must be")])
 def test_a_malformed_study_is_one_line(line, says, tmp_path):
     path = tmp_path / "study.py"
     path.write_text((ROOT / "studies" / "smoke.py").read_text() + line)
@@ -460,6 +532,32 @@ def test_fill_writes_numbers_between_markers(tmp_path):
     assert quote(results, "b against a: verdict") == "differs" and quote(results, "multiplier") == "not run yet"
     with pytest.raises(ValueError, match="s has no 'c: loss'"):
         quote(results, "c: loss")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "x"])
+def test_damaged_results_are_one_line(text, tmp_path):
+    (tmp_path / "s_cpu.json").write_text(text)
+    for what in ("table", "a: loss", "multiplier"):
+        if (text, what) != ("{}", "multiplier"):  # no fit: not run yet
+            with pytest.raises(ValueError, match="s_cpu.json is not a study's results"):
+                fill(f"<!-- study s_cpu {what} --><!-- end -->", tmp_path)
+
+
+def test_pictures_do_not_compare_what_cannot_be(tmp_path):
+    """A row that trains for longer is not drawn; of one with a diverged run the legend says so, and no interval stands beside it."""
+    pytest.importorskip("matplotlib", reason="pictures need the optional package matplotlib")
+    from tools.pictures import learning_rates, relative_loss
+    curves = {"a": [[10, 2.0], [20, 1.0]], "longer": [[10, 2.0], [20, 1.0], [30, 0.5]], "b": [[10, 2.1], [20, 1.1]]}
+    runs = [{"model": "m", "row": row, "learning_rate": 0.1, "seed": seed, "state": "done", "val_loss": curve[-1][1], "curve": curve}
+            for row, curve in curves.items() for seed in (1, 2)]
+    runs.append({"model": "m", "row": "b", "learning_rate": 0.1, "seed": 3, "state": "diverged", "curve": []})
+    found = {"m": {"tuned_rate": 0.1, "comparisons": []}}
+    results = {"results": found, "rows": dict.fromkeys(curves), "panels": [list(curves)], "runs": runs}
+    axis, = relative_loss(results).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b, without 1 diverged"]
+    assert len(axis.lines) == 2  # the zero line and b's curve
+    lines = {line.get_label(): len(line.get_xdata()) for line in learning_rates(results).axes[0].lines}
+    assert lines["a"] == 1 and lines["b"] == 0
 
 
 def test_without_scipy_or_matplotlib_the_runs_still_count(tmp_path):

@@ -30,12 +30,14 @@ CONFIDENCE, RESAMPLES = 0.95, 2000
 
 def paired(losses, others):
     """Mean and t-interval of losses[s] - others[s] over the seeds s of both: {"difference", "low", "high", "seeds"}.
-    The interval is mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; None for one seed. None if no seed is shared, or if
-    a run diverged on either side."""
+    The interval is mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; None for one seed. If a run diverged on either side,
+    the difference is None, too, and "diverged" says for how many seeds. None if no seed is shared."""
     seeds = sorted(losses.keys() & others.keys())
     differences = [losses[s] - others[s] for s in seeds]
-    if not seeds or not all(map(math.isfinite, differences)):
+    if not seeds:
         return None
+    if diverged := sum(not math.isfinite(d) for d in differences):
+        return {"difference": None, "low": None, "high": None, "seeds": len(seeds), "diverged": diverged}
     mean, low, high = statistics.mean(differences), None, None
     if len(seeds) > 1 and stats:
         half = stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1) * statistics.stdev(differences) / math.sqrt(len(seeds))
@@ -107,9 +109,13 @@ def verdict(paper, found):
 
 
 def judge(rule, comparison):
-    """True if the comparison meets the rule: by its protocol, the whole interval below 0 and the mean at least that far below."""
+    """Does the comparison meet the rule: by its protocol and over all its seeds, the whole interval below 0 and the mean at least that far
+    below? "better", "does not count as better", or "not run with N seeds yet"."""
     found = comparison.get(rule["protocol"])
-    return bool(found and found["high"] is not None and found["high"] < 0 and found["difference"] <= -rule["at_least"])
+    if not found or found["seeds"] < rule["seeds"]:
+        return f"not run with {rule['seeds']} seeds yet"
+    better = found["high"] is not None and found["high"] < 0 and found["difference"] <= -rule["at_least"]
+    return "better" if better else "does not count as better"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,8 +136,11 @@ def compute_multiplier(baseline, improved, compute):
 
 def bootstrap(compute, baseline, improved, seed=0):
     """Percentile interval of the compute multiplier at the largest compute: seeds drawn anew with replacement, the same for both rows.
-    baseline, improved: one {seed: loss} a size. Returns {"baseline": (a, b), "improved": (a, b), "multiplier", "low", "high"}."""
+    baseline, improved: one {seed: loss} a size. Returns {"baseline": (a, b), "improved": (a, b), "multiplier", "low", "high"}; None
+    if no seed is in all."""
     seeds = sorted(set.intersection(*(set(d) for d in (*baseline, *improved))))
+    if not seeds:
+        return None
     losses = [np.array([[d[s] for s in seeds] for d in side]) for side in (baseline, improved)]  # (sizes, seeds) each
     draws = np.random.default_rng(seed).integers(len(seeds), size=(RESAMPLES, len(seeds)))
 
@@ -148,7 +157,7 @@ def bootstrap(compute, baseline, improved, seed=0):
 def fit_scaling(study, scale, losses, flops):
     """The fits of a scaling study at the tuned rates, over the models for which both rows are there; None below two models, or
     for a study that asks for none. flops: {model: FLOPs of a run}."""
-    if study["picture"] != "scaling":
+    if study["picture"] != "scaling" or len(study["rows"]) < 2:
         return None
     baseline_row, improved_row = list(study["rows"])[:2]
     points = []
@@ -166,22 +175,30 @@ def interval(found):
     """-0.0158 [-0.0201, -0.0115], the difference and its interval"""
     if not found:
         return ""
+    if found["difference"] is None:
+        return f"diverged ({found['diverged']} of {found['seeds']} seeds)"
     return signed(found["difference"]) + (f" [{signed(found['low'])}, {signed(found['high'])}]" if found["low"] is not None else "")
+
+
+def paper_value(paper, model):
+    """The paper's number for a model: the one of its name, or the first; None if it gives none."""
+    return paper.get(model, next(iter(paper.values()), None))
 
 
 def table(results):
     """The summary as Markdown: the losses of all rows, and the differences of those that are compared."""
-    edges, lines = [], ["| model | row | loss at the tuned rate | seeds | loss at its own best rate |", "| --- | --- | --- | --- | --- |"]
+    lines, edges = ["| model | row | at the tuned rate | seeds | at its own best rate | seeds |", "| --- " * 6 + "|"], []
     for model, found in results["results"].items():
-        for row, protocols in found["rows"].items():
-            tuned, own = protocols.get("tuned"), protocols.get("own")
-            lines.append(f"| {model} | {row} | {loss_and_rate(tuned) if tuned else 'not run'} | {tuned['seeds'] if tuned else 0} | "
-                         f"{loss_and_rate(own) if own else ''} |")
         rates = results["models"][model]["learning_rates"]
-        if len(rates) > 1 and found["tuned_rate"] in (min(rates), max(rates)):
-            edges.append(f"{model}: {found['tuned_rate']:g}")
+        for row, protocols in found["rows"].items():
+            cells = []
+            for protocol, absent in (("tuned", "not run"), ("own", "")):
+                at = protocols.get(protocol)
+                cells += [loss_and_rate(at) + edge(at, rates), str(at["seeds"])] if at else [absent, ""]
+                edges += [at] if at and edge(at, rates) else []
+            lines.append(f"| {model} | {row} | {' | '.join(cells)} |")
     if edges:
-        lines += ["", f"Tuned rates at an edge of their grid, so perhaps not the best: {', '.join(edges)}."]
+        lines += ["", "\\* the last rate of its grid, so perhaps not the best."]
     compared = [(model, c) for model, found in results["results"].items() for c in found["comparisons"]]
     if compared:
         lines += ["", "| model | row | against | difference [95%], tuned rate | own best rates | the paper's | |",
@@ -189,7 +206,7 @@ def table(results):
     for model, c in compared:
         paper = ", ".join(f"{signed(value)} ({where})" for where, value in c["paper"].items())
         lines.append(f"| {model} | {c['row']} | {c['other']} | {interval(c.get('tuned'))} | {interval(c.get('own'))} | {paper} | "
-                     f"{verdict(next(iter(c['paper'].values())), c.get('tuned')) if paper else ''} |")
+                     f"{verdict(paper_value(c['paper'], model), c.get('tuned')) if paper else ''} |")
     if fit := results.get("fit"):
         lines += ["", f"Fits L = a C^−b: b = {fit['baseline'][1]:.4f} for {list(results['rows'])[0]}, {fit['improved'][1]:.4f} for "
                   f"{list(results['rows'])[1]}; compute multiplier at the largest size {multiplier(fit)}."]
@@ -202,6 +219,11 @@ def loss(found):
 
 def loss_and_rate(found):
     return f"{loss(found)} at {found['learning_rate']:g}"
+
+
+def edge(found, rates):
+    """A mark where the learning rate is the first or last of several."""
+    return " \\*" if len(rates) > 1 and found["learning_rate"] in (min(rates), max(rates)) else ""
 
 
 def signed(value):
@@ -225,7 +247,10 @@ def fill(text, folder=ROOT / "results"):
         path = Path(folder) / f"{name}.json"
         if not path.is_file():
             return f"<!-- study {name} {what} -->not run yet<!-- end -->"
-        value = quote(json.loads(path.read_text()), what)
+        try:
+            value = quote(json.loads(path.read_text()), what)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+            raise ValueError(f"{path} is not a study's results: take it from the repository, or run the study anew") from None
         return f"<!-- study {name} {what} -->{value}<!-- end -->"
     return MARKER.sub(write, text)
 
@@ -238,7 +263,8 @@ def quote(results, what):
         return multiplier(results["fit"]) if results.get("fit") else "not run yet"
     name, _, field = what.rpartition(": ")
     model, slash, name = name.rpartition(" / ")
-    found = results["results"].get(model if slash else next(iter(results["results"])), {"rows": {}, "comparisons": []})
+    model = model if slash else next(iter(results["results"]))
+    found = results["results"].get(model, {"rows": {}, "comparisons": []})
     protocol = "own" if field.startswith("own ") else "tuned"
     if name in found["rows"] and field in ("loss", "own loss"):
         return loss(found["rows"][name][protocol]) if protocol in found["rows"][name] else "not run yet"
@@ -246,5 +272,5 @@ def quote(results, what):
         if name == f"{c['row']} against {c['other']}" and field in ("difference", "own difference"):
             return interval(c[protocol]) if c.get(protocol) else "not run yet"
         if name == f"{c['row']} against {c['other']}" and field == "verdict" and c["paper"]:
-            return verdict(next(iter(c["paper"].values())), c.get("tuned"))
+            return verdict(paper_value(c["paper"], model), c.get("tuned"))
     raise ValueError(f"{results['study']} has no {what!r}: write `ROW: loss` or `ROW against OTHER: difference`, with rows as in its table")

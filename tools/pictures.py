@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from tools.evidence import paired  # noqa: E402
+from tools.evidence import paired, paper_value  # noqa: E402
 
 DPI, WIDTH = 100, 10  # 1000 pixels
 
@@ -29,9 +29,15 @@ def curves_of(results, model, row, rate):
             and (run["model"], run["row"], run["learning_rate"]) == (model, row, rate)}
 
 
+def diverged(results, model, row, rate):
+    """How many runs of a row at a learning rate diverged."""
+    return sum((r["model"], r["row"], r["learning_rate"], r["state"]) == (model, row, rate, "diverged") for r in results["runs"])
+
+
 def relative_loss(results):
     """A panel for each model and each of the study's panels: validation loss minus that of the panel's first row, paired by seed, its mean
-    over seeds, at the tuned rate, and at the end its 95% interval; the paper's terminal difference as a mark beyond the edge."""
+    over seeds, at the tuned rate, and at the end its 95% interval; the paper's terminal difference as a mark beyond the edge. Rows that
+    train for longer than the first are not drawn: their curves cannot be compared token by token."""
     panels = [(model, rows) for model in results["results"] for rows in results["panels"]]
     columns, lines = min(2, len(panels)), -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 3.4 * lines), layout="constrained", squeeze=False)
@@ -42,19 +48,23 @@ def relative_loss(results):
         for color, row in enumerate(rows[1:]):
             others = curves_of(results, model, row, rate)
             tokens = sorted(set.intersection(*(set(c) for c in (*others.values(), *reference.values())))) if others and reference else []
+            if tokens and any(max(c) != tokens[-1] for c in others.values()):
+                continue
             points = [(t, paired({s: c[t] for s, c in others.items()}, {s: c[t] for s, c in reference.items()})) for t in tokens]
             points = [(t, p) for t, p in points if p]
             if not points:
                 continue
-            axis.plot([t for t, _ in points], [p["difference"] for _, p in points], color=f"C{color}", label=row)
+            lost = diverged(results, model, row, rate) + diverged(results, model, rows[0], rate)
+            axis.plot([t for t, _ in points], [p["difference"] for _, p in points], color=f"C{color}",
+                      label=f"{row}, without {lost} diverged" if lost else row)
             tokens, last = points[-1]
-            if last["low"] is not None:
+            if last["low"] is not None and not lost:
                 axis.plot([tokens * (1.01 + 0.012 * color)] * 2, [last["low"], last["high"]], color=f"C{color}", linewidth=1.5)
                 ends += [last["low"], last["high"]]
             ends.append(last["difference"])
             for c in results["results"][model]["comparisons"]:
                 if (c["row"], c["other"]) == (row, rows[0]) and c["paper"]:
-                    ends.append(next(iter(c["paper"].values())))
+                    ends.append(paper_value(c["paper"], model))
                     axis.plot([1.0, 1.04], [ends[-1]] * 2, color=f"C{color}", linewidth=3, clip_on=False,
                               transform=axis.get_yaxis_transform())
         if ends:  # early losses differ by far more than the last ones, which are the matter
@@ -71,12 +81,12 @@ def relative_loss(results):
 
 
 def learning_rates(results):
-    """Terminal loss over the learning rate, a line a row, its seeds as dots."""
+    """Terminal loss over the learning rate, a line a row, its seeds as dots; no line to a rate at which a run diverged."""
     figure, axes = plt.subplots(1, len(results["results"]), figsize=(WIDTH, 4.5), layout="constrained", squeeze=False)
     for axis, model in zip(axes.flat, results["results"]):
         for color, row in enumerate(results["rows"]):
             runs = [r for r in results["runs"] if (r["model"], r["row"], r["state"]) == (model, row, "done")]
-            rates = sorted({r["learning_rate"] for r in runs})
+            rates = sorted(rate for rate in {r["learning_rate"] for r in runs} if not diverged(results, model, row, rate))
             means = [statistics.mean(r["val_loss"] for r in runs if r["learning_rate"] == rate) for rate in rates]
             axis.plot(rates, means, color=f"C{color}", label=row)
             axis.plot([r["learning_rate"] for r in runs], [r["val_loss"] for r in runs], "o", color=f"C{color}", markersize=3, alpha=0.6)
@@ -97,7 +107,9 @@ def scaling(results):
             a, b = results["fit"][("baseline", "improved")[color]]
             ends = [min(c for c, _ in points), max(c for c, _ in points)]
             axis.plot(ends, [a * c ** -b for c in ends], "--", color=f"C{color}", linewidth=1, label=f"{a:.3g} C^−{b:.4f}")
-    axis.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)", ylabel="terminal validation loss")
+    axis.set(xlabel="training compute (FLOPs)", ylabel="terminal validation loss")
+    if results["runs"]:
+        axis.set(xscale="log", yscale="log")
     axis.xaxis.set_minor_formatter("")
     axis.yaxis.set_major_formatter("{x:.2f}")
     axis.yaxis.set_minor_formatter("{x:.2f}")
@@ -107,7 +119,7 @@ def scaling(results):
 
 
 def matrix_norms(results):
-    """‖W‖ over steps for the matrices that the study names, each relative to its start; a line a matrix, of the first seed."""
+    """‖W‖ over steps for the matrices that the study names, and its growth a step; a line a matrix, of the first seed."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4), layout="constrained")
     run = next((r for r in results["runs"] if r.get("norms")), {"norms": {}})
     for name, points in run["norms"].items():

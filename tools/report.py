@@ -65,8 +65,9 @@ def smooth(values, share=0.02):
 
 
 def finite(records):
-    """The records of scale or matrix events without those that hold a mean, a deviation or a norm that was not finite (None)."""
-    return [r for r in records if all(r.get(key, 0) is not None for key in ("mean", "std", "norm"))]
+    """The records of scale or matrix events without those that hold a mean, a deviation or a norm that was not finite (None), and without
+    matrices of norm 0, which start nowhere."""
+    return [r for r in records if all(r.get(key, 0) is not None for key in ("mean", "std")) and r.get("norm", 1)]
 
 
 def layer_of(name):

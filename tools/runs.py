@@ -8,10 +8,12 @@ Runs as subprocesses of their own: one folder each, found again by its settings,
 A folder is recognized by what its config.json says, not by its name: rows that two studies share run once, a new key of train.py with
 a default value changes nothing, and a run that someone continued to more steps is another run, which stays as it is.
 """
+import hashlib
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,6 +48,12 @@ def device_name():
         return platform.processor() or platform.machine()
 
 
+def gpu_for(slot, count, visible):
+    """Which of `count` GPUs the slot-th run gets, as CUDA_VISIBLE_DEVICES writes it. visible: that variable here, such as "4,5"."""
+    gpus = [gpu.strip() for gpu in visible.split(",") if gpu.strip()] or list(map(str, range(count)))
+    return gpus[slot % len(gpus)]
+
+
 class Run:
     """One setting of train.py: arguments, the settings they resolve to, and its folder."""
 
@@ -61,9 +69,22 @@ class Run:
             return "diverged"
         return "interrupted" if (self.folder / "config.json").is_file() else "missing"
 
-    def read(self, name):
-        """The contents of the folder's summary.json or config.json."""
-        return json.loads((self.folder / name).read_text())
+    def summary(self):
+        """The summary.json of a finished run. Raises ValueError, one line, if it is not what train.py leaves."""
+        try:
+            summary = json.loads((self.folder / "summary.json").read_text())
+            if {"val_loss", "steps", "tokens", "params", "scale_params", "seconds"} <= summary.keys():
+                return summary
+        except (ValueError, AttributeError):
+            pass
+        raise ValueError(f"{self.folder / 'summary.json'} is not what train.py leaves at the end of a run: move {self.folder} away")
+
+    def made_by(self):
+        """What made_by.json says of the run's command, device and versions; {} without one."""
+        try:
+            return dict(json.loads((self.folder / "made_by.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
 
 
 class RunFolders:
@@ -72,17 +93,22 @@ class RunFolders:
     def __init__(self, out):
         self.out, self.known, self.cache = Path(out), {}, {}
         for path in sorted(self.out.glob("*/config.json")):
-            try:
-                stored = json.loads(path.read_text())
-                settings = {k: stored.get(k, field.default) for k, field in FIELDS.items() if k not in NOT_SETTINGS}
-                self.known[self.key(settings)] = path.parent
-            except (ValueError, AttributeError):
-                continue  # not a run's
+            key = self.held(path.parent)
+            if key and (key not in self.known or (path.parent / "summary.json").is_file()):  # of two copies, the finished one
+                self.known[key] = path.parent
         self.taken = set(self.known.values())
 
     @staticmethod
     def key(settings):
         return json.dumps(settings, sort_keys=True)
+
+    def held(self, folder):
+        """The key of the run that a folder holds; None if it holds none."""
+        try:
+            stored = json.loads((folder / "config.json").read_text())
+            return self.key({k: stored.get(k, field.default) for k, field in FIELDS.items() if k not in NOT_SETTINGS})
+        except (OSError, ValueError, AttributeError):
+            return None
 
     def find(self, label, config_file, keys):
         """The Run of these keys on top of this config file: in the folder that holds it, or in a new one that nothing else has.
@@ -93,63 +119,68 @@ class RunFolders:
             settings = settings_of(load_config([path, *arguments[1:]]))
             key = self.key(settings)
             if key not in self.known:
-                self.known[key] = self.free(label, f"{settings['learning_rate']:g}", settings["seed"])
+                self.known[key] = self.free(label, f"{settings['learning_rate']:g}", settings["seed"], key)
             self.cache[tuple(arguments)] = Run(label, arguments, settings, self.known[key])
         return self.cache[tuple(arguments)]
 
-    def free(self, label, rate, seed):
-        """A folder that nothing else has, named after label, rate and seed."""
-        name, number = f"{re.sub(r'[^a-z0-9]+', '_', label.lower()).strip('_')}-lr{rate}-seed{seed}", 1
-        while self.out / f"{name}-{number}" in self.taken or (self.out / f"{name}-{number}").exists():
+    def free(self, label, rate, seed, key):
+        """A folder that nothing else has, named after label, rate, seed and a hash of all settings. Another tool at work here may have
+        made it since we looked: the same settings share it, others have another name."""
+        name = f"{re.sub(r'[^a-z0-9]+', '_', label.lower()).strip('_')}-lr{rate}-seed{seed}-{hashlib.sha256(key.encode()).hexdigest()[:6]}"
+        folder, number = self.out / name, 1
+        while folder in self.taken or (folder.exists() and self.held(folder) != key):
             number += 1
-        self.taken.add(self.out / f"{name}-{number}")
-        return self.out / f"{name}-{number}"
+            folder = self.out / f"{name}-{number}"
+        self.taken.add(folder)
+        return folder
 
 
 class Pool:
     """At most `jobs` children at once. nproc_per_node: each under torchrun with so many processes."""
 
     def __init__(self, jobs, nproc_per_node=0):
-        self.jobs, self.nproc, self.children = jobs, nproc_per_node, {}  # child -> (run, slot, when it started)
+        self.jobs, self.nproc, self.children = jobs, nproc_per_node, {}  # child -> (run, slot, when it started, size of its output then)
 
     def start(self, run):
         """Start or resume the run: python train.py ... --out_dir=... --resume, with low priority, on a GPU of its own if there is one."""
-        slot = min(set(range(self.jobs)) - {slot for _, slot, _ in self.children.values()})
+        slot = min(set(range(self.jobs)) - {slot for _, slot, _, _ in self.children.values()})
         run.folder.mkdir(parents=True, exist_ok=True)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"] if self.nproc else []
         command = [sys.executable, *torchrun, "train.py", *run.arguments, f"--out_dir={run.folder}", "--resume"]
-        made_by = {"command": " ".join(["python", "train.py", *run.arguments]), "device": device_name(), "torch": torch.__version__,
+        made_by = {"command": shlex.join(["python", "train.py", *run.arguments]), "device": device_name(), "torch": torch.__version__,
                    "python": platform.python_version()}
         write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")
         environment = dict(os.environ)
         if run.settings["device"] == "cpu" or not torch.cuda.is_available():
             environment.setdefault("OMP_NUM_THREADS", "1")
         elif not self.nproc:
-            environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % torch.cuda.device_count()))
+            environment["CUDA_VISIBLE_DEVICES"] = gpu_for(slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         nice = ["nice", "-n", "10"] if shutil.which("nice") else []
         with open(run.folder / "output.txt", "ab") as output:  # a session of its own: Ctrl-C reaches us, and we end the children
+            before = output.tell()
             child = subprocess.Popen([*nice, *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment)
-        self.children[child] = (run, slot, time.time())
+        self.children[child] = (run, slot, time.time(), before)
 
     def wait(self):
         """Wait for one child. Returns (run, how it ended, a line about it, seconds): "done", "stopped", "diverged" or "failed"."""
         while True:
             for child in self.children:
                 if child.poll() is not None:
-                    run, _, started = self.children.pop(child)
-                    return run, *self.outcome(run, child.returncode), time.time() - started
+                    run, _, started, before = self.children.pop(child)
+                    return run, *self.outcome(run, child.returncode, before), time.time() - started
             time.sleep(0.1)
 
     @staticmethod
-    def outcome(run, status):
+    def outcome(run, status, before=0):
+        """("done", "stopped", "diverged" or "failed", a line about it). before: the size of output.txt when the child started."""
         if status == 0 and run.state == "done":
-            loss = run.read("summary.json")["val_loss"]
+            loss = run.summary()["val_loss"]
             return "done", "validation loss not finite" if loss is None else f"{loss:.4f}"
         if status == STOPPED:
             return "stopped", "stopped by a signal, and saved"
         if status < 0:
             return "failed", f"killed by signal {-status}"
-        lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()
+        lines = (run.folder / "output.txt").read_bytes()[before:].decode(errors="replace").strip().splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or lines
         line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
         if "not finite" in line:
@@ -158,11 +189,9 @@ class Pool:
         return "failed", line
 
     def stop(self):
-        """Ask all children to save and end, and wait until they have."""
+        """Ask all children to save and end, and wait until they have. Returns how many had something to save."""
         for child in self.children:
             child.send_signal(signal.SIGTERM)
-        for child in self.children:
-            child.wait()
-        stopped = len(self.children)
+        saved = sum(child.wait() in (0, STOPPED) for child in self.children)
         self.children.clear()
-        return stopped
+        return saved

@@ -8,16 +8,15 @@ Remake a result of the paper, or try an idea beside it: run what is missing, the
 
 A study is a plain file of data: see studies/common.py. Its runs are train.py's, one folder each under out/studies/<scale>, shared by all
 studies. What is finished stays; what was interrupted is resumed; Ctrl-C ends the runs after they have saved. Results are written to
-results/<study>_<scale>.json and .png from the runs that there are, and the table says which are missing. Results of more runs are kept.
+results/<study>_<scale>.json and .png from the runs that there are, and never in place of results that hold a run which these lack.
 
 Learning rates: the first row is tuned on its grid, on the scale's tuning seeds (the first seed, if it names none), and every row runs at
 that rate with every seed, the paper's protocol. Then each row is tuned in the same way, and runs at its own best rate, ours.
 """
 import argparse
 import itertools
-import json
 import math
-import platform
+import re
 import runpy
 import shlex
 import signal
@@ -25,10 +24,12 @@ import sys
 import time
 from pathlib import Path
 
-from config import BUILTIN, known_key, load_config, meta_model, parse_value, read_config_file, tokens_per_step
+from config import BUILTIN, known_key, load_config, parse_value, read_config_file
 from disk import write_whole
 from prepare_data import prepare_builtin
-from tools.evidence import best_rate, fill, fit_scaling, judge, rows_of, summarize, table, tuning_seeds
+from tools import evidence
+from tools.evidence import best_rate, fill, rows_of, tuning_seeds
+from tools.results import cells_in, collect, write_results
 from tools.runs import ROOT, Pool, RunFolders
 
 NAMES = ("title", "question", "rows", "comparisons", "scales", "panels", "picture", "rule", "yours", "matrices", "measured_by")
@@ -53,12 +54,14 @@ def load_study(path, scale, extra=()):
             raise ValueError(f"{path} has no {key}: see studies/common.py")
     if "measured_by" in study:
         return study
-    check_shape(path, study, scale)
+    check_shape(path, study)
+    check_scale(path, study, scale)
     if study["picture"] not in PICTURES:
         raise ValueError(f"{path}: picture={study['picture']!r} is unknown: choose one of {', '.join(PICTURES)}")
     if extra and "yours" not in study:
         raise ValueError(f"{study['name']} has no row of yours for {' '.join(f'{k}={v}' for k, v in extra.items())}: use studies/track.py")
     if extra:
+        study["name"] += "_" + re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in extra.items()).lower()).strip("_")[:60]
         study["rows"] = {**study["rows"], "yours": extra}
         study["comparisons"] = {**study["comparisons"], **{("yours", other): {} for other in study["yours"]}}
     own = study["scales"][scale].get("rows", {})  # keys that a row has at this scale only
@@ -69,32 +72,48 @@ def load_study(path, scale, extra=()):
     return study
 
 
-def check_shape(path, study, scale):
-    """Raises ValueError, one line, if rows, or the scale of that name, are not of the shape that studies/common.py gives."""
-    def need(holds, what):
-        if not holds:
-            raise ValueError(f"{path}: {what}: see studies/common.py")
+def needs(path, what, holds):
+    """Raises ValueError, one line, unless `what` holds of the study at `path`."""
+    if not holds:
+        raise ValueError(f"{path}: {what}: see studies/common.py")
 
-    def table(value):  # not empty
-        return isinstance(value, dict) and bool(value)
 
+def filled(value):
+    """True for a dict that is not empty."""
+    return isinstance(value, dict) and bool(value)
+
+
+def check_shape(path, study):
+    """Raises ValueError, one line, if rows, comparisons or panels are not of the shape that studies/common.py gives."""
+    rows, comparisons, panels = study["rows"], study["comparisons"], study.get("panels", [])
+    needs(path, "rows must be {label: {key: value}}, one row or more", filled(rows) and all(isinstance(v, dict) for v in rows.values()))
+    needs(path, "no row's label may have a comma, which --rows puts between labels", not any("," in row for row in rows))
+    needs(path, "comparisons must be {(row, other row): {model: the paper's difference}}, with {} where the paper has none",
+          isinstance(comparisons, dict) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in comparisons)
+          and all(isinstance(paper, dict) for paper in comparisons.values()))
+    needs(path, "panels must be lists of rows, [['a', 'b'], ['a', 'c']]",
+          isinstance(panels, list) and all(isinstance(panel, list) for panel in panels))
+
+
+def check_scale(path, study, scale):
+    """Raises ValueError, one line, if the scale of that name is not of the shape that studies/common.py gives."""
     rows, scales = study["rows"], study["scales"]
-    need(table(rows) and all(isinstance(keys, dict) for keys in rows.values()), "rows must be {label: {key: value}}, one row or more")
-    need(table(scales), "scales must be {name: {...}}, one scale or more")
+    needs(path, "scales must be {name: {...}}, one scale or more", filled(scales))
     if scale not in scales:
         raise ValueError(f"{path} has no scale {scale!r}: choose one of {', '.join(scales)}")
     spec, where = scales[scale], f"scale {scale!r}"
-    need(isinstance(spec, dict), f"{where} must be {{'seeds': ..., 'models': ...}}")
-    seeds = spec.get("seeds")
-    need(isinstance(seeds, (tuple, list)) and seeds, f"{where} needs 'seeds', one or more, such as (1, 2, 3)")
-    need(table(spec.get("models")), f"{where} needs 'models', one or more")
+    needs(path, f"{where} must be {{'seeds': ..., 'models': ...}}", isinstance(spec, dict))
+    seeds, own = spec.get("seeds"), spec.get("rows", {})
+    needs(path, f"{where} needs 'seeds', one or more, such as (1, 2, 3)", isinstance(seeds, (tuple, list)) and seeds)
+    needs(path, f"{where} needs 'models', one or more", filled(spec.get("models")))
+    needs(path, f"{where}: 'rows' must be {{row: its keys}}", isinstance(own, dict) and all(isinstance(v, dict) for v in own.values()))
     for name, model in spec["models"].items():
         model, whose = model if isinstance(model, dict) else {}, f"{where}, model {name!r}"
-        rates = model.get("learning_rates")
-        need(isinstance(model.get("config"), str), f"{whose} needs 'config', the path of a config file")
-        need(isinstance(model.get("keys"), dict), f"{whose} needs 'keys', such as {{}}")
-        need(isinstance(rates, (tuple, list)) and rates, f"{whose} needs 'learning_rates', one or more, such as (2e-3, 4e-3)")
-        need(set(model.get("rows", rows)) <= set(rows), f"{whose} names rows that the study does not have")
+        rates, its = model.get("learning_rates"), model.get("rows", rows)
+        needs(path, f"{whose} needs 'config', the path of a config file", isinstance(model.get("config"), str))
+        needs(path, f"{whose} needs 'keys', such as {{}}", isinstance(model.get("keys"), dict))
+        needs(path, f"{whose} needs 'learning_rates', one or more, such as (2e-3, 4e-3)", isinstance(rates, (tuple, list)) and rates)
+        needs(path, f"{whose} names no row, or one that the study does not have", its and set(its) <= set(rows))
 
 
 def only(study, scale, rows, seeds):
@@ -110,6 +129,7 @@ def only(study, scale, rows, seeds):
         study = {**study, "rows": {r: k for r, k in study["rows"].items() if r in kept},
                  "comparisons": {pair: paper for pair, paper in study["comparisons"].items() if kept.issuperset(pair)}}
         study["panels"] = [panel for p in study.get("panels", [list(study["rows"])]) if len(panel := [r for r in p if r in kept]) > 1]
+        cut["models"] = {name: {**model, "rows": [r for r in rows_of(study, model) if r in kept]} for name, model in cut["models"].items()}
     return study, cut
 
 
@@ -160,7 +180,7 @@ def losses_of(folders, study, scale, protocol="both"):
         for cell in new:
             runs[cell] = run = run_of(folders, study, scale, cell)
             if run.state in ("done", "diverged"):
-                loss = run.read("summary.json")["val_loss"] if run.state == "done" else None
+                loss = run.summary()["val_loss"] if run.state == "done" else None
                 losses[cell] = math.inf if loss is None else loss
 
 
@@ -176,7 +196,7 @@ def execute(study, scale, folders, pool, protocol):
     failed, seconds, made, begun = {}, [], 0, time.time()
     while True:
         _, runs = losses_of(folders, study, scale, protocol)
-        active = {run.folder for run, _, _ in pool.children.values()}
+        active = {run.folder for run, *_ in pool.children.values()}
         todo = {run.folder: run for run in runs.values() if run.state in ("missing", "interrupted")
                 and run.folder not in active and run.folder not in failed}
         for run in list(todo.values())[:pool.jobs - len(active)]:
@@ -194,95 +214,6 @@ def execute(study, scale, folders, pool, protocol):
         result = line if ended == "done" else f"{ended}: {line}"
         print(f"[{made}/{made + len(todo) + len(pool.children)}] {run.folder.name}  {result}  in {duration(took)}; "
               f"{duration(time.time() - begun)} so far, about {duration(left)} left", flush=True)
-
-
-def collect(study, scale, scale_name, folders, command, protocol="both"):
-    """What the results' JSON holds: the study's names, summary and fits, and each run with its evaluation curve."""
-    losses, runs = losses_of(folders, study, scale, protocol)
-    records, made_by = [], []
-    for cell, run in runs.items():
-        if run.state not in ("done", "diverged"):
-            continue
-        record = dict(zip(("model", "row", "learning_rate", "seed"), cell), state="done" if math.isfinite(losses[cell]) else "diverged")
-        if record["state"] == "done":
-            summary = run.read("summary.json")
-            record |= {key: summary[key] for key in ("val_loss", "steps", "tokens", "params", "scale_params")}
-            record["seconds"] = round(summary["seconds"])
-        record |= curves(run.folder / "log.jsonl", study.get("matrices"))
-        records.append(record)
-        if (run.folder / "made_by.json").is_file():
-            made_by.append(run.read("made_by.json"))
-    flops = {model: flops_of(spec) for model, spec in scale["models"].items()}
-    models = {model: {**spec, "flops": flops[model]} for model, spec in scale["models"].items()}
-    return {"study": study["name"], "title": study["title"], "question": study["question"], "scale": scale_name, "command": command,
-            "devices": sorted({m["device"] for m in made_by}), "torch": sorted({m["torch"] for m in made_by}),
-            "python": platform.python_version(), "picture": study["picture"], "panels": study.get("panels") or [list(study["rows"])],
-            "rows": study["rows"], "seeds": list(scale["seeds"]), "tuning_seeds": list(tuning_seeds(scale)), "models": models,
-            "missing": len(runs) - len(records), "rule": study.get("rule"), "results": summarize(study, scale, losses),
-            "fit": fit_scaling(study, scale, losses, flops), "runs": records}
-
-
-def flops_of(spec):
-    """Floating-point operations of one run of a model."""
-    config = load_config([str(ROOT / spec["config"]), *(f"--{k}={v}" for k, v in spec["keys"].items())])
-    return meta_model(config).flops_per_token() * config.max_iters * tokens_per_step(config)
-
-
-def curves(log, matrices):
-    """{"curve": [[tokens, validation loss], ...]}, and of the matrices whose names start with `matrices` {"norms": {name: [[step, norm]]}}.
-    A half-written line is passed over, and so is a norm that was not finite; such a loss is None."""
-    curve, norms = [], {}
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["event"] == "eval":
-            loss = record["val_loss"]
-            curve.append([record["tokens"], None if loss is None else round(loss, 5)])
-        elif record["event"] == "matrix" and matrices and record["name"].startswith(matrices) and record["norm"] is not None:
-            norms.setdefault(record["name"], []).append([record["step"], round(record["norm"], 4)])
-    return {"curve": curve, **({"norms": norms} if norms else {})}
-
-
-def as_text(results):
-    """The results as JSON with one run a line, so that a commit shows which runs are new."""
-    head = json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=1, ensure_ascii=False)
-    runs = ",\n".join(json.dumps(run, separators=(",", ":")) for run in results["runs"])
-    return f'{head[:-2]},\n "runs": [\n{runs}\n]\n}}\n'
-
-
-def runs_in(path):
-    """How many runs a results JSON holds; 0 if there is none. Raises ValueError, one line, on a file that is no study's results."""
-    try:
-        return len(json.loads(path.read_text())["runs"])
-    except FileNotFoundError:
-        return 0
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a study's results: move it away, or give another --results") from None
-
-
-def write_results(results, path):
-    """The JSON and, with matplotlib, a .png of the same name. Prints the table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, as_text(results))
-    print(f"\n{results['title']}: {results['question']}\n\n{table(results)}\n")
-    for found in results["results"].values() if results["rule"] else ():
-        print(f"the rule: {results['rule']['says']}")
-        for c in found["comparisons"]:
-            print(f"  {c['row']} against {c['other']}: {'better' if judge(results['rule'], c) else 'does not count as better'}")
-    if results["missing"]:
-        print(f"{results['missing']} runs are missing: the same command runs them")
-    try:
-        from tools.pictures import draw
-        draw(results, path.with_suffix(".png"))
-        print(f"wrote {path} and {path.with_suffix('.png').name}")
-    except ImportError:
-        print(f"wrote {path}; the picture needs matplotlib: pip install matplotlib")
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        print("the intervals need scipy: pip install scipy, and run the same command again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,12 +253,12 @@ def parse(argv):
     parser.add_argument("--print", action="store_true", dest="show", help="print the train.py lines, and run nothing")
     parser.add_argument("--evaluate", action="store_true", help="write the results of the runs that there are, and run nothing")
     parser.add_argument("--docs", action="store_true", help="write the results' numbers into docs/*.md and README.md")
-    args, keys = parser.parse_known_args(argv)
+    args, args.keys = parser.parse_known_args(argv)
     if not args.docs and not args.files:
         parser.error("name a study file, such as studies/figure_5_step_by_step.py")
     if args.jobs < 1:
         parser.error(f"--jobs={args.jobs} must be at least 1")
-    return args, keys
+    return args
 
 
 def yours(files, keys):
@@ -340,6 +271,8 @@ def yours(files, keys):
         if not text.startswith("--"):
             raise ValueError(f"{text!r}: write --key=value with a key of train.py")
         known_key(key, "the command line")
+        if key in ("learning_rate", "seed"):
+            raise ValueError(f"{text}: learning rates and seeds are the study's, the same for every row: leave {key} out")
         values[key] = parse_value(key, value if given else "True")
     return files[0], {key: value for key, value in values.items() if key != "out_dir"}
 
@@ -376,9 +309,19 @@ def show(study, scale, folders, protocol):
         for seed, row in itertools.product(scale["seeds"], rows):
             if row != rows[0] or seed not in seeds:  # that run is above
                 keys = {**spec["keys"], **study["rows"][row], "learning_rate": "BEST", "seed": seed}
-                line(model, row, [spec["config"], *(f"--{k}={v}" for k, v in keys.items())], folders.free(row, "BEST", seed), "missing")
+                arguments = [spec["config"], *(f"--{k}={v}" for k, v in keys.items())]
+                line(model, row, arguments, folders.free(row, "BEST", seed, str(arguments)), "missing")
     if protocol == "both" and any(cell not in losses for cell in runs):
         print("\n# then each row at its own best rate: --print, once the runs above are there, adds them (--protocol=paper: without them)")
+
+
+def command_of(args):
+    """The command that makes these results, without what does not change them."""
+    rows = [f"--rows={','.join(args.rows)}"] if args.rows else []
+    seeds = [f"--seeds={','.join(map(str, args.seeds))}"] if args.seeds else []
+    protocol = [f"--protocol={args.protocol}"] if args.protocol != "both" else []
+    files = [str(Path(f).relative_to(ROOT)) if Path(f).is_relative_to(ROOT) else f for f in args.files]
+    return shlex.join(["python", "-m", "tools.study", *files, f"--scale={args.scale}", *args.keys, *rows, *seeds, *protocol])
 
 
 def run_study(path, args, extra):
@@ -394,13 +337,12 @@ def run_study(path, args, extra):
         show(study, scale, folders, args.protocol)
         return True
     path = Path(args.results) / f"{study['name']}_{args.scale}.json"
-    there = runs_in(path)
+    there = cells_in(path)
     failed = [] if args.evaluate else run_missing(study, scale, folders, args)
-    keys = "".join(f" --{k}={v}" for k, v in extra.items())
-    command = f"python -m tools.study studies/{study['name']}.py --scale={args.scale}{keys}"
-    results = collect(study, scale, args.scale, folders, command, args.protocol)
-    if there > len(results["runs"]):  # a look at a few rows or seeds
-        print(f"\n{path} holds {there} runs and stays as it is: these {len(results['runs'])} go to {folders.out}")
+    results = collect(study, scale, args.scale, *losses_of(folders, study, scale, args.protocol), command_of(args))
+    here = {(run["model"], run["row"], run["learning_rate"], run["seed"]) for run in results["runs"]}
+    if there - here or (there and evidence.stats is None):  # a look at a few rows or seeds, or a table without intervals
+        print(f"\n{path} holds {len(there - here)} runs that these lack, or intervals, and stays as it is: these go to {folders.out}")
         path = folders.out / path.name
     write_results(results, path)
     for line in failed:
@@ -409,13 +351,14 @@ def run_study(path, args, extra):
 
 
 def main(argv=None):
-    args, keys = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    args = parse(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         if args.docs:
             print("\n".join(f"wrote {path}" for path in write_docs()) or "docs and README agree with results/")
             return 0
-        path, extra = yours(args.files, keys)
+        path, extra = yours(args.files, args.keys)
         return 0 if run_study(path, args, extra) else 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
