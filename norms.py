@@ -78,8 +78,8 @@ class ScaleVector(nn.Module):
 
     shape        (d,) or (E, d)
     input_norm   True: a linear map follows immediately, as after a Pre-Norm. False: none does (section 2.2)
-    absorbable   True: a linear map beside it, before or after, can take it over exactly. Ours; proved by folding in the tests. It is
-                 not the same: AP's and DP's γ_a, and DNP's of v and up, follow no Input-Norm and can be absorbed
+    absorbable   True: a linear map beside it, before or after, can take it over exactly. Ours; proved by folding in the tests. It
+                 differs from input_norm: AP's and DP's γ_a, and DNP's of v and up, follow no Input-Norm and can be absorbed
     reparam      "none": parameter `gamma`; "original" (OR), "exponential" (ER): `alpha` and `beta`; "zero_centered": `alpha`
     magnitude    False leaves OR's and ER's β at its start: a Norm that follows would undo it (see ScaledLinear)
     Raises ValueError on an unknown reparam.

@@ -1,12 +1,13 @@
 """The paper's figure 8: the unified strategy under Muon."""
-from studies.common import CPU_MODEL, GPU_MODEL, SEEDS, UNIFIED
+from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, SEEDS, UNIFIED
 
 MUON = {"optimizer": "muon"}
 
 title = "Figure 8, under Muon"
 question = "does the gain of the unified strategy hold under another optimizer?"
-rows = {"baseline": {}, "unified": UNIFIED}
-comparisons = {("unified", "baseline"): {"Dense-0.12B": -0.0156, "Dense-0.5B": -0.0167, "MoE-0.5B": -0.0187}}
+rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY}  # the last is ours
+comparisons = {("unified", "baseline"): {"Dense-0.12B": -0.0156, "Dense-0.5B": -0.0167, "MoE-0.5B": -0.0187},
+               ("unified", "baseline without decay on γ"): {}}
 scales = {
     "cpu": {"seeds": SEEDS, "models": {"0.23M": {**CPU_MODEL, "keys": MUON, "learning_rates": (4e-3, 8e-3, 16e-3)}}},
     "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": MUON}}},

@@ -1,12 +1,13 @@
 """The paper's figure 9: the unified strategy under a warmup-stable-decay schedule."""
-from studies.common import CPU_MODEL, GPU_MODEL, SEEDS, UNIFIED
+from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, SEEDS, UNIFIED
 
 WSD = {"schedule": "wsd"}  # linear to 0 in the last fifth of the steps
 
 title = "Figure 9, under warmup-stable-decay"
 question = "does the gain of the unified strategy hold under another schedule?"
-rows = {"baseline": {}, "unified": UNIFIED}
-comparisons = {("unified", "baseline"): {"Dense-0.12B": -0.0269, "MoE-0.5B": -0.0187}}
+rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY}  # the last is ours
+comparisons = {("unified", "baseline"): {"Dense-0.12B": -0.0269, "MoE-0.5B": -0.0187},
+               ("unified", "baseline without decay on γ"): {}}
 scales = {
     "cpu": {"seeds": SEEDS, "models": {"0.23M": {**CPU_MODEL, "keys": WSD}}},
     "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": WSD}}},

@@ -21,7 +21,7 @@ from config import load_config
 from tools import evidence
 from tools.evidence import best_rate, bootstrap, compute_multiplier, fill, paired, power_law, quote, summarize, table, verdict
 from tools.results import curves
-from tools.runs import Pool, RunFolders, gpu_for, settings_of
+from tools.runs import Pool, RunFolders, code, gpu_for, settings_of
 from tools.study import load_study, losses_of, main, only, plan, write_docs, yours
 
 STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
@@ -127,7 +127,7 @@ def test_summary_by_both_protocols():
     assert found["comparisons"][0]["tuned"]["difference"] is None
     text = table({"results": {"m": found}, "models": {"m": {"learning_rates": [1e-3, 2e-3]}}})
     assert "| m | b | diverged (1 of 2) at 0.002 \\* | 2 |" in text and "| b | a | diverged (1 of 2 seeds) |" in text
-    assert "\\* the last rate of its grid" in text
+    assert "\\* an end of its grid" in text
     assert "1.1500 at 0.002 | 2 |" in table({"results": {"m": found}, "models": {"m": {"learning_rates": [5e-4, 1e-3, 2e-3, 4e-3]}}})
 
 
@@ -362,8 +362,11 @@ def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
 def test_a_part_can_be_evaluated_and_lines_printed(tmp_path, capsys):
     write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
     arguments = [str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs", f"--results={tmp_path}/results"]
-    assert main([*arguments, "--evaluate"]) == 0
-    assert "2 runs or more are missing" in capsys.readouterr().out
+    for stamp, told in ((code(), False), ("of other code", True)):
+        (tmp_path / "runs" / "one" / "made_by.json").write_text(json.dumps({"code": stamp}))
+        assert main([*arguments, "--evaluate"]) == 0
+        said = capsys.readouterr().out
+        assert "2 runs or more are missing" in said and ("made before norms.py" in said) == told
     results = json.loads((tmp_path / "results" / "figure_1_necessity_cpu.json").read_text())
     assert results["runs"][0]["val_loss"] == 1.25 and results["results"]["0.23M"]["tuned_rate"] is None
     assert main([*arguments, "--print"]) == 0

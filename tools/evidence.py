@@ -198,7 +198,7 @@ def table(results):
                 edges += [at] if at and edge(at, rates) else []
             lines.append(f"| {model} | {row} | {' | '.join(cells)} |")
     if edges:
-        lines += ["", "\\* the last rate of its grid, so perhaps not the best."]
+        lines += ["", "\\* an end of its grid of rates, so perhaps not the best."]
     compared = [(model, c) for model, found in results["results"].items() for c in found["comparisons"]]
     if compared:
         lines += ["", "| model | row | against | difference [95%], tuned rate | own best rates | the paper's | |",

@@ -37,7 +37,7 @@ def collect(study, scale, scale_name, losses, runs, command):
     flops = {model: flops_of(spec) for model, spec in scale["models"].items()}
     models = {model: {**spec, "flops": flops[model]} for model, spec in scale["models"].items()}
     return {"study": study["name"], "title": study["title"], "question": study["question"], "scale": scale_name, "command": command,
-            "devices": said("device"), "torch": said("torch"),
+            "devices": said("device"), "torch": said("torch"), "code": said("code"),
             "python": platform.python_version(), "picture": study["picture"], "panels": study.get("panels") or [list(study["rows"])],
             "rows": study["rows"], "seeds": list(scale["seeds"]), "tuning_seeds": list(tuning_seeds(scale)), "models": models,
             "missing": len(runs) - len(records), "rule": study.get("rule"), "results": summarize(study, scale, losses),

@@ -30,12 +30,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # keys that change what a run says, not what it finds; tokens_per_param is in max_iters
 NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
                 "sample_prompt", "wandb_project", "dist_timeout", "tokens_per_param"}
+CODE = ("norms", "model", "optim", "train", "data")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 
 def settings_of(config):
     """{key: value} of all that decides what a run finds."""
     return {key: value for key, value in flat(config).items() if key not in NOT_SETTINGS}
+
+
+def code():
+    """A hash of the files that decide what a run finds: a run made before they changed may not be what they would give now."""
+    files = sorted(path for path in ROOT.glob("*.py") if path.stem in CODE)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def device_name():
@@ -148,7 +155,7 @@ class Pool:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"] if self.nproc else []
         command = [sys.executable, *torchrun, "train.py", *run.arguments, f"--out_dir={run.folder}", "--resume"]
         made_by = {"command": shlex.join(["python", "train.py", *run.arguments]), "device": device_name(), "torch": torch.__version__,
-                   "python": platform.python_version()}
+                   "python": platform.python_version(), "code": code()}
         write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")
         environment = dict(os.environ)
         if run.settings["device"] == "cpu" or not torch.cuda.is_available():

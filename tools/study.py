@@ -30,7 +30,7 @@ from prepare_data import prepare_builtin
 from tools import evidence
 from tools.evidence import best_rate, fill, rows_of, tuning_seeds
 from tools.results import cells_in, collect, write_results
-from tools.runs import ROOT, Pool, RunFolders
+from tools.runs import ROOT, Pool, RunFolders, code
 
 NAMES = ("title", "question", "rows", "comparisons", "scales", "panels", "picture", "rule", "yours", "matrices", "measured_by")
 PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms")
@@ -345,6 +345,9 @@ def run_study(path, args, extra):
         print(f"\n{path} holds {len(there - here)} runs that these lack, or intervals, and stays as it is: these go to {folders.out}")
         path = folders.out / path.name
     write_results(results, path)
+    if set(results["code"]) - {code()}:
+        print("some of these runs were made before norms.py, model.py, optim.py, train.py or data.py changed; a finished run is never made "
+              f"again: if the change matters, move their folders out of {folders.out}")
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return not failed
