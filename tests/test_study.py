@@ -382,7 +382,7 @@ def test_results_that_hold_other_runs_are_kept(tmp_path, capsys, monkeypatch):
     run = {"model": "0.23M", "row": "baseline", "learning_rate": 0.004, "seed": 1}
     more = json.dumps({"runs": [{**run, "seed": 2}]})  # not more in number, but another
     path.write_text(more)
-    assert main(arguments) == 0 and "holds 1 runs that these lack" in capsys.readouterr().out
+    assert main(arguments) == 0 and "holds runs that these lack (1), and stays as it is" in capsys.readouterr().out
     assert path.read_text() == more and len(json.loads(look.read_text())["runs"]) == 1
     path.write_text(json.dumps({"runs": [run]}))
     if evidence.stats:

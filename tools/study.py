@@ -342,7 +342,8 @@ def run_study(path, args, extra):
     results = collect(study, scale, args.scale, *losses_of(folders, study, scale, args.protocol), command_of(args))
     here = {(run["model"], run["row"], run["learning_rate"], run["seed"]) for run in results["runs"]}
     if there - here or (there and evidence.stats is None):  # a look at a few rows or seeds, or a table without intervals
-        print(f"\n{path} holds {len(there - here)} runs that these lack, or intervals, and stays as it is: these go to {folders.out}")
+        why = f"holds runs that these lack ({len(there - here)})" if there - here else "has intervals, which need scipy"
+        print(f"\n{path} {why}, and stays as it is: these results go to {folders.out}")
         path = folders.out / path.name
     write_results(results, path)
     if set(results["code"]) - {code()}:
