@@ -533,6 +533,9 @@ def test_fill_writes_numbers_between_markers(tmp_path):
     written = (tmp_path / "docs" / "a.md").read_text()
     assert "−0.4850 [−0.5485, −0.4215]<!-- end -->" in written and "| m | b | a | −0.4850" in written
     assert quote(results, "b against a: verdict") == "differs" and quote(results, "multiplier") == "not run yet"
+    results["runs"] = [{"model": "m", "row": row, "learning_rate": 0.5, "seed": 1, "state": "done", "val_loss": loss}
+                       for row, loss in (("a", 2.0), ("b", 1.75))]
+    assert quote(results, "b against a at 0.5: difference") == "−0.2500" and quote(results, "b against a at 1: difference") == "not run yet"
     with pytest.raises(ValueError, match="s has no 'c: loss'"):
         quote(results, "c: loss")
 

@@ -239,8 +239,8 @@ MARKER = re.compile(r"<!-- study (\S+) (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 
 def fill(text, folder=ROOT / "results"):
     """The text with what stands between `<!-- study NAME_SCALE WHAT -->` and `<!-- end -->` written anew from results/NAME_SCALE.json.
-    WHAT: `table`; `multiplier`; `ROW: loss`, `ROW: own loss`; `ROW against OTHER: difference`, `: own difference`, `: verdict`; before
-    any of them `MODEL / `, where there are several.
+    WHAT: `table`; `multiplier`; `ROW: loss`, `ROW: own loss`; `ROW against OTHER: difference`, `: own difference`, `: verdict`,
+    `ROW against OTHER at RATE: difference`; before any of them `MODEL / `, where there are several.
     A study that has no results yet says so."""
     def write(match):
         name, what = match[1], match[2]
@@ -265,6 +265,12 @@ def quote(results, what):
     model, slash, name = name.rpartition(" / ")
     model = model if slash else next(iter(results["results"]))
     found = results["results"].get(model, {"rows": {}, "comparisons": []})
+    pair, at, rate = name.rpartition(" at ")
+    if at and field == "difference":
+        row, _, other = pair.partition(" against ")
+        sides = [{r["seed"]: r["val_loss"] if r["state"] == "done" else math.inf for r in results["runs"]
+                  if (r["model"], r["row"], r["learning_rate"]) == (model, label, float(rate))} for label in (row, other)]
+        return interval(paired(*sides)) or "not run yet"
     protocol = "own" if field.startswith("own ") else "tuned"
     if name in found["rows"] and field in ("loss", "own loss"):
         return loss(found["rows"][name][protocol]) if protocol in found["rows"][name] else "not run yet"
