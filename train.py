@@ -30,7 +30,7 @@ from model import GPT
 from norms import named_scale_vectors
 from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, param_groups, set_learning_rate
 from prepare_data import prepare_builtin
-from process import Process, rng_state, set_rng_state, stop_signals, to_device
+from process import Process, leave, rng_state, set_rng_state, stop_signals, to_device
 from run import Log, RunFolder, changed_keys, duration, load_checkpoint, load_weights, start_wandb
 from sample import stream_text
 
@@ -306,4 +306,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
