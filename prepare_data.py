@@ -5,7 +5,7 @@ Text to token shards.
   python prepare_data.py PATH... --encoding gpt2 --out data/x     .txt .md .py .jsonl .json .parquet files, .gz and .zst too,
                                                                   and folders of them
   python prepare_data.py --hf NAME --subset SUBSET --out data/x   a Hugging Face dataset, streamed
-  python prepare_data.py --verify data/x                          read a finished dataset and check all of it
+  python -m tools.verify data/x                                   read a finished dataset and check all of it
 
 A document is a text file, a line of a .jsonl or .json, or a row of a .parquet; <|endoftext|> follows each. A document belongs
 to the validation split if a hash of its text says so, so it stays there when data is added, and two copies of it never end
@@ -19,7 +19,6 @@ import argparse
 import collections
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from data import GPT2_VOCABULARY, Dataset, ShardWriter, get_encoding, read_meta
+from data import ShardWriter, get_encoding, read_meta
 from disk import sync_folder, write_whole
 from documents import HubInput, Input, cut_for_both_splits, find_files, is_validation, text_suffix
 
@@ -371,48 +370,6 @@ def prepare_builtin(out="data/stdlib", encoding="bytes", include_site_packages=F
     return prepare(files, out, encoding, source, **options)
 
 
-def document_digests(split, end):
-    """The digest of every document of a Split, in order; token `end` stands between documents, which may span shards."""
-    rest = []
-    for block in (block for shard in split.shards for block in shard.blocks()):
-        start = 0
-        for stop in np.flatnonzero(block == end):
-            document = b"".join((*rest, block[start:stop].astype("<u4").tobytes()))
-            rest, start = [], stop + 1
-            if document:
-                yield hashlib.blake2b(document, digest_size=16).digest()
-        rest.append(block[start:].astype("<u4").tobytes())
-    if any(rest):
-        yield hashlib.blake2b(b"".join(rest), digest_size=16).digest()
-
-
-def verify(folder):
-    """Check a finished dataset in full: sizes, checksums, token range, and that no validation document is in the training
-    split (the same tokens from end to end; near-duplicates are not looked for). The tokenizer, which may have to be downloaded, comes
-    last. Raises ValueError or FileNotFoundError."""
-    opened = Dataset(folder, block_size=1, verify=False)
-    known = opened.tokenizer
-    vocab_size = opened.meta["vocab_size"] if opened.meta else None if known == "ids" else GPT2_VOCABULARY
-    dataset = Dataset(folder, block_size=1, vocab_size=vocab_size, verify=True)
-    said = (f"{folder}: good: {dataset.train.tokens:,} training tokens in {len(dataset.train.shards)} shards, "
-            f"{dataset.val.tokens:,} validation tokens in {len(dataset.val.shards)}, ")
-    if known == "ids":
-        print(f"{said}tokenizer unknown: where documents end, and whether some are in both splits, cannot be told")
-        return
-    try:
-        encoding = get_encoding(known)
-    except ValueError as error:
-        raise ValueError(f"{folder}: sizes, checksums and token ids are good, but documents in both splits were not looked for: "
-                         f"{error}") from None
-    Dataset(folder, block_size=1, vocab_size=encoding.n_vocab, verify=False)  # meta.json's vocabulary may not be the tokenizer's
-    held_out = set(document_digests(dataset.val, encoding.eot_token))
-    leaked = held_out.intersection(document_digests(dataset.train, encoding.eot_token))
-    if leaked:
-        raise ValueError(f"{folder}: {len(leaked):,} of {len(held_out):,} validation documents are in the training split, too: "
-                         f"validation losses would flatter; make the dataset again")
-    print(f"{said}tokenizer {known}, {len(held_out):,} different validation documents, none of them in the training split")
-
-
 def default_out(args):
     """data/NAME, after the source. Raises ValueError if its name has nothing before or after its dots."""
     if args.hf or args.paths:
@@ -442,13 +399,10 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, help="threads (default: all cores)")
     parser.add_argument("--include-site-packages", action="store_true", help="built-in dataset: installed packages too")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--verify", metavar="FOLDER", help="check a finished dataset instead of making one")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count files and records without text, and damaged files")
     args, out = parser.parse_args(argv), None
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
-        if args.verify:
-            return verify(args.verify)
         for key, good in (("val_fraction", 0 < args.val_fraction < 1), ("max_document", args.max_document > 0),
                           ("shard_tokens", 0 < args.shard_tokens < 2 ** 31), ("workers", args.workers is None or args.workers > 0)):
             if not good:

@@ -5,7 +5,6 @@ finished, and nothing is ever removed that prepare_data did not write.
 """
 import errno
 import gzip
-import hashlib
 import importlib.util
 import json
 import os
@@ -26,7 +25,8 @@ from conftest import ROOT, run, write_texts
 import prepare_data
 from data import Dataset, get_encoding
 from documents import HubInput, Input, is_validation, read_documents
-from prepare_data import document_digests, find_files, foreign, main, prepare, verify
+from prepare_data import find_files, foreign, main, prepare
+from tools.verify import verify
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs the optional package pyarrow")
 
@@ -98,13 +98,6 @@ def test_gpt2(texts, tmp_path, needs_gpt2):
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == 50257
     assert sorted(documents_of(tmp_path / "out", "train", "gpt2") + documents_of(tmp_path / "out", "val", "gpt2")) == \
         sorted(p.read_text() for p in texts.iterdir())
-
-
-def test_verify(dataset, tmp_path, capsys):
-    verify(dataset)
-    assert "good: 4" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: no dataset at"):
-        main(["--verify", str(tmp_path / "none")])
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -368,7 +361,7 @@ def test_an_existing_dataset_is_replaced_only_when_asked(texts, tmp_path):
 
 
 def test_out_may_be_a_link_and_may_begin_with_a_tilde(texts, tmp_path, monkeypatch):
-    """The dataset is made where the link leads; ~ is the home folder, in PATH, --out and --verify."""
+    """The dataset is made where the link leads; ~ is the home folder, in PATH and --out, and for tools.verify."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "in").symlink_to(texts)
@@ -377,7 +370,7 @@ def test_out_may_be_a_link_and_may_begin_with_a_tilde(texts, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for more in ([], ["--overwrite"]):
         main(["~/in", "--encoding", "bytes", "--val-fraction", "0.1", "--out", "~/out", *more])
-        main(["--verify", "~/out"])
+        verify("~/out")
         assert (tmp_path / "home" / "out").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "home"]
 
@@ -689,61 +682,6 @@ def test_hugging_face_datasets(tmp_path, kind, hub, capsys, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_leaked_documents_are_found(tmp_path):
-    """A validation document that is also training data, there across two shards."""
-    for name, tokens in (("x_train_0.bin", [1, 2, 256, 3, 4]), ("x_train_1.bin", [5, 256, 6, 6, 6]),
-                         ("x_val_0.bin", [9, 9, 256, 3, 4, 5, 256])):
-        header = np.zeros(256, dtype=np.int32)
-        header[:3] = 20240520, 1, len(tokens)
-        (tmp_path / name).write_bytes(header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes())
-    (train, val) = (Dataset(tmp_path, 1).train, Dataset(tmp_path, 1).val)
-    digests = [list(document_digests(split, 256)) for split in (train, val)]
-    assert [len(d) for d in digests] == [3, 2] and set(digests[0]) & set(digests[1]) == {digests[1][1]} and digests[0][1] == digests[1][1]
-
-
-def test_verify_without_the_tokenizer_checks_all_that_needs_none(dataset, tmp_path):
-    """As offline, where its vocabulary cannot be had: an encoding that nobody knows fails at the same place."""
-    copy = shutil.copytree(dataset, tmp_path / "copy")
-    meta = json.loads((copy / "meta.json").read_text())
-    (copy / "meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt9"}))
-    with pytest.raises(ValueError, match="checksums and token ids are good, but .* not looked for: unknown encoding 'gpt9'"):
-        verify(copy)
-    path = copy / meta["splits"]["train"]["shards"][0]["name"]
-    content = bytearray(path.read_bytes())
-    content[2000] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="checksum mismatch"):
-        verify(copy)
-
-
-def test_verify_refuses_a_vocabulary_larger_than_the_tokenizers(dataset, tmp_path):
-    copy = shutil.copytree(dataset, tmp_path / "copy")
-    meta = json.loads((copy / "meta.json").read_text())
-    (copy / "meta.json").write_text(json.dumps({**meta, "vocab_size": 300}))
-    with pytest.raises(ValueError, match=r"token ids up to 299 \(bytes\), beyond"):
-        verify(copy)
-
-
-def test_verify_sees_leaks_and_damage(dataset, tmp_path):
-    copy = shutil.copytree(dataset, tmp_path / "copy")
-    meta = json.loads((copy / "meta.json").read_text())
-    val, train = meta["splits"]["val"]["shards"][0], meta["splits"]["train"]["shards"][0]
-    (copy / "extra.bin").write_bytes((copy / val["name"]).read_bytes())
-    meta["splits"]["train"]["shards"].append({**val, "name": "extra.bin"})
-    (copy / "meta.json").write_text(json.dumps(meta))
-    documents = meta["splits"]["val"]["documents"]
-    with pytest.raises(ValueError, match=f"{documents} of {documents} validation documents are in the training split, too"):
-        verify(copy)
-    path = copy / train["name"]
-    tokens = np.frombuffer(path.read_bytes()[1024:], dtype=np.uint16).copy()
-    tokens[77] = 300
-    path.write_bytes(path.read_bytes()[:1024] + tokens.tobytes())
-    train["sha256"] = hashlib.sha256(tokens).hexdigest()
-    (copy / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="token id 300 is beyond vocab_size=257"):
-        verify(copy)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("shard_tokens", [100_000, 10 ** 8])
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, number, shard_tokens):
@@ -772,15 +710,13 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, number,
 
 
 def test_interrupts_anywhere_are_one_line(texts, tmp_path, monkeypatch, capsys):
-    """While files are looked for, read, tokenized, saved, moved, verified."""
-    for name, arguments in [(name, [str(texts), "--encoding", "bytes", "--val-fraction", "0.1", "--out", str(tmp_path / "out")]) for name in
-                            ("find_files", "cut_for_both_splits", "tokenize", "write_whole", "move_into_place", "get_encoding")] + [
-                                ("verify", ["--verify", str(tmp_path)])]:
+    """While files are looked for, read, tokenized, saved, moved."""
+    for name in ("find_files", "cut_for_both_splits", "tokenize", "write_whole", "move_into_place", "get_encoding"):
         def stop(*_, **__):
             raise KeyboardInterrupt
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(prepare_data, name, stop)
-            main(arguments)
+            main([str(texts), "--encoding", "bytes", "--val-fraction", "0.1", "--out", str(tmp_path / "out")])
         said = capsys.readouterr().err
         assert end.value.code == 130 and said.startswith("interrupted") and said.count("\n") == 1
         assert [p.name for p in tmp_path.iterdir()] == (["out.partial"] if name == "move_into_place" else [])

@@ -18,9 +18,9 @@ from data import Dataset, window_numbers
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
 from optim import cosine
-from prepare_data import verify
 from process import Process
 from run import checkpoints, newest_checkpoint
+from tools.verify import verify
 from train import EVAL_WINDOWS, EXIT_STOPPED, evaluate, training_step
 
 MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
