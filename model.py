@@ -193,8 +193,8 @@ def expert_load(expert, n_expert):
 
 
 def load_balance_loss(probabilities, expert):
-    """E Σ_e f_e P_e: f_e the share of all choices that went to expert e, P_e its mean probability. 1 when the load is even, up to E
-    when it is not (Switch Transformer, eq. 4). probabilities (N, E), expert (N, K) -> ()."""
+    """E Σ_e f_e P_e: f_e the share of all choices that went to expert e, P_e its mean probability. 1 when the load is even, up to
+    E / K when it is not (Switch Transformer, eq. 4). probabilities (N, E), expert (N, K) -> ()."""
     E = probabilities.size(-1)
     return E * (expert_load(expert, E) * probabilities.mean(0)).sum()
 

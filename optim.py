@@ -66,8 +66,8 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
 # Muon
 
 def orthogonalize(M, steps=5):
-    """About U Vᵀ of M = U S Vᵀ, by the quintic Newton-Schulz iteration with the coefficients of Muon's authors, in bfloat16 as theirs:
-    singular values end between about 0.7 and 1.2. M (k, m, n), k matrices at once -> the same shape."""
+    """About U Vᵀ of M = U S Vᵀ, by the quintic Newton-Schulz iteration with the coefficients of Muon's authors, in bfloat16 as theirs.
+    Singular values of a fair size end between about 0.7 and 1.2, tiny ones stay below. M (k, m, n), k matrices at once -> its shape."""
     a, b, c = 3.4445, -4.775, 2.0315
     X = M.bfloat16()
     tall = M.size(-2) > M.size(-1)
@@ -80,7 +80,7 @@ def orthogonalize(M, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """W ← (1 - lr λ) W - lr 0.2 √max(m, n) orthogonalize(g + μ (B - g)), B ← B + (1 - μ)(g - B), with Nesterov's look ahead: Moonlight's
+    """B ← B + (1 - μ)(g - B), W ← (1 - lr λ) W - lr 0.2 √max(m, n) orthogonalize(g + μ (B - g)), with Nesterov's look ahead: Moonlight's
     form (arXiv 2502.16982), whose factor gives the update AdamW's usual size, so one learning rate and one weight decay λ serve
     both. As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", matrix by matrix, but all matrices of one shape run as one
     batch, stacks of experts (E, m, n) too: a few dozen kernels a step, not thousands."""

@@ -295,7 +295,8 @@ def simulate_sde(w, gamma, target, decay_w, decay_gamma, noise, time_end, steps,
 
 
 def squared_norm_bound(start, target, decay, noise, t):
-    """E‖γ_t‖² ≤ e^(-2μt) E‖γ_0‖² + (d q + ½‖w*‖²) (1 - e^(-2μt)) / (2μ), and the same for w with λ. Paper, eqs. 28, 30; decay > 0.
+    """E‖γ_t‖² ≤ e^(-2μt) E‖γ_0‖² + (d q + ½‖w*‖²) (1 - e^(-2μt)) / (2μ), decay > 0, and the same for w with λ.
+    Paper, eq. 28 for w; for γ it follows from eq. 30 in the same way.
     With μ = 0 nothing bounds it: d/dt E[γ_i² - w_i²] = 2λ E[w_i²] > 0 (eq. 25). start: E‖γ_0‖², target (d,) -> float."""
     left = 2.718281828459045 ** (-2 * decay * t)
     return left * start + (target.numel() * noise + 0.5 * target.square().sum().item()) * (1 - left) / (2 * decay)

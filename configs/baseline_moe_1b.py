@@ -8,5 +8,5 @@ n_head = 16
 n_embd = 1024
 d_shared_expert = 2730
 
-max_iters = 16927  # 35.5B tokens, 100 an activated parameter
+max_iters = 18750  # 39.3B tokens, where the curves of figure 7 end
 learning_rate = 1e-3

@@ -11,5 +11,5 @@ n_expert = 32
 n_expert_active = 4  # d_expert = int(2/3 n_embd) is the default
 d_shared_expert = 1706  # int(8/3 n_embd)
 
-max_iters = 21674  # 11.4B tokens, 100 an activated parameter
+max_iters = 18750  # 9.83B tokens, where the curves of figure 7 end
 learning_rate = 3e-3

@@ -8,5 +8,5 @@ n_head = 20
 n_embd = 1280
 d_shared_expert = 3413
 
-max_iters = 29605  # 62.1B tokens, 100 an activated parameter
+max_iters = 28125  # 59.0B tokens, where the curves of figure 7 end
 learning_rate = 6e-4

@@ -8,5 +8,5 @@ n_head = 12
 n_embd = 768
 d_shared_expert = 2048
 
-max_iters = 35033  # 18.4B tokens, 100 an activated parameter
+max_iters = 28125  # 14.7B tokens, where the curves of figure 7 end
 learning_rate = 2e-3

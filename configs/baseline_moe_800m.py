@@ -12,5 +12,5 @@ block_size = 4096
 batch_size = 4
 gradient_accumulation_steps = 128
 eval_iters = 50
-max_iters = 13411  # 28.1B tokens, 100 an activated parameter
+max_iters = 14062  # 29.5B tokens, where the curves of figure 7 end
 learning_rate = 2e-3

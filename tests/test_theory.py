@@ -227,7 +227,8 @@ def test_theorem_2_2_along_the_flow(m, d):
     assert below(without, with_vector)
     for W, gamma in path[::20]:
         close(theory.column_invariant(W, gamma), torch.ones_like(gamma), 1e-6)
-        smallest = torch.linalg.eigvalsh(torch.stack([theory.preconditioner(W[-1, :, j], gamma[-1, j]) for j in range(d)]))[:, 0]
+        P = torch.stack([theory.preconditioner(w[:, j], g[j]) for w, g in zip(W, gamma) for j in range(d)])
+        smallest = torch.linalg.eigvalsh(P)[:, 0]
         assert (smallest > 1 - 1e-6).all()
     close(without, theory.teacher_loss(0 * target, target) * torch.exp(-2 * torch.linspace(0, 4, 201).double())[:, None], 1e-6)
 
@@ -374,7 +375,7 @@ def test_the_simulations_noise_has_variance_q_t_and_is_independent():
 
 
 def test_squared_norm_bound_solves_its_equation():
-    """y' = -2 μ y + d q + ½‖w*‖², y(0) = E‖γ_0‖² (eq. 30)."""
+    """y' = -2 μ y + d q + ½‖w*‖², y(0) = E‖γ_0‖² (of eq. 30, by the inequality before eq. 27)."""
     target = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     bound = [theory.squared_norm_bound(7.0, target, 0.3, 0.2, t) for t in (0.0, 1.0 - 1e-4, 1.0, 1.0 + 1e-4)]
     assert bound[0] == pytest.approx(7.0)
