@@ -19,6 +19,7 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -186,9 +187,17 @@ def last_evaluation(run, step):
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # a crash may have cut a line
             event = json.loads(line)
-            if event.get("event") == "eval" and event["step"] <= step:
+            if isinstance(event, dict) and event.get("event") == "eval" and isinstance(event.get("step"), int) and event["step"] <= step:
                 return event
     return None
+
+
+def read_keys(path):
+    """A run's config.json as a dict. Raises ValueError, one line, if it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(keys := json.loads(path.read_text()), dict):
+            return keys
+    raise ValueError(f"{path} is not a run's configuration: export the run from where it is whole")
 
 
 def commit():
@@ -233,7 +242,8 @@ def model_card(run, model, keys, step, encoding, name, why):
             "A language model trained to study scale vectors (arXiv 2605.26895).\n\n| | |\n| --- | --- |\n"
             + "".join(f"| {key} | {value} |\n" for key, value in facts.items())
             + f"\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f"model = AutoModelForCausalLM.from_pretrained(\".\"{loaded})\ntokenizer = AutoTokenizer.from_pretrained(\".\")\n```\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained(\".\"{loaded})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained(\".\"{loaded})\n```\n\n"
             f"```sh\nlm_eval --model hf --model_args pretrained=.{'' if name else ',trust_remote_code=True'} --tasks lambada_openai\n```\n")
 
 
@@ -264,7 +274,7 @@ def export_run(run, out, max_shard_size="5GB"):
     transformers = need("transformers", "safetensors")[0]
     with new_folder(out) as folder:
         model, encoding, step = load_model(run)
-        keys = json.loads((Path(run).expanduser() / "config.json").read_text())
+        keys = read_keys(Path(run).expanduser() / "config.json")
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), encoding.eot_token)
         theirs, name, why = transformers_model(model, ids)
         difference = same_logits(model, theirs)
@@ -349,6 +359,7 @@ def main(argv):
     parser.add_argument("--from-hf", metavar="FOLDER", help="read this Hugging Face folder into a run")
     parser.add_argument("--max_shard_size", default="5GB", help="weights above this are cut into several files (default: 5GB)")
     args, rest = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written is removed
     try:
         if args.from_hf:
             print(import_run(args.from_hf, args.out, ([args.run] if args.run else []) + rest))
@@ -359,6 +370,9 @@ def main(argv):
     except (ValueError, OSError, RuntimeError) as error:  # the last is torch's
         print(f"error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

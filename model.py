@@ -24,7 +24,7 @@ READS_A_NORM = ("q", "k", "v", "gate", "up", "router", "head")  # these have an 
 MAPS = ("q", "k", "v", "gate", "up", "head", "o", "down")  # those that scale_placement_on can name
 CHUNK_ELEMENTS = 2 ** 26  # logits that exist in float32 at a time
 # How long a chain of elementwise operations Inductor computes anew for each reader. Its defaults, 4 and 30, would cut DNP's backward
-# in its midst and store the piece: a float32 (N, F)
+# in the middle and store the piece: a float32 (N, F)
 FUSION = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
 
 

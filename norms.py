@@ -122,7 +122,8 @@ class ScaleVector(nn.Module):
 
 def compute_scale_vectors(model):
     """[(ScaleVector, γ)] for every one in the model that is not its own parameter; those of one shape as one batch, so that a few
-    kernels make all. Left to where it is used, OR grows into the kernels over activations there, and makes them move more (ours)."""
+    kernels make all. If γ is computed where it is used, the compiler fuses OR into kernels over activations, which then read and write
+    more (ours)."""
     groups, computed = {}, []
     for module in model.modules():
         if isinstance(module, ScaleVector) and module.reparam != "none":

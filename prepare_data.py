@@ -401,7 +401,8 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count files and records without text, and damaged files")
     args, out = parser.parse_args(argv), None
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
         for key, good in (("val_fraction", 0 < args.val_fraction < 1), ("max_document", args.max_document > 0),
                           ("shard_tokens", 0 < args.shard_tokens < 2 ** 31), ("workers", args.workers is None or args.workers > 0)):

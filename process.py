@@ -33,6 +33,7 @@ class Process:
             raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in the environment and {missing[0]} is not: start several "
                              f"processes with torchrun, or one after `unset WORLD_SIZE`")
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.rank = self.rank if self.count > 1 else 0  # what another program left in the environment
         self.first, self.store = self.rank == 0, None
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if self.count > 1 else 0
         if self.count > 1:
@@ -133,8 +134,9 @@ def leave(status):
         sys.exit(status)
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before the start
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 
@@ -159,10 +161,17 @@ def lost_contact(error):
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """SIGTERM and SIGINT do not interrupt what runs in here: they are put into a list."""
+def stop_signals(tell):
+    """SIGTERM and SIGINT do not interrupt what runs in here: they are put into a list, and the first one is told to the user if `tell`."""
     received = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def receive(number, frame):
+        if tell and not received:
+            with contextlib.suppress(OSError):  # print may not run in the midst of another print
+                name = signal.Signals(number).name
+                os.write(1, f"{name}: stopping after this step, or after one more if this is an evaluation\n".encode())
+        received.append(number)
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:

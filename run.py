@@ -183,7 +183,7 @@ class RunFolder:
         names = [name for name in ("config.json", "log.jsonl") if (out / name).exists()]
         if (strange := half_written(out)) and self.made_lock and not (found or names):  # where a run of ours was, there was a lock
             raise ValueError(f"out_dir={config.out_dir!r} holds a file {strange[0].name} that is not a run's: choose another --out_dir")
-        if (found or (out / "log.jsonl").exists()) and not config.resume and not config.overwrite:
+        if (found or any((out / name).exists() for name in ("log.jsonl", "summary.json"))) and not config.resume and not config.overwrite:
             raise ValueError(f"out_dir={config.out_dir!r} holds a run: continue it with --resume, discard it with --overwrite, "
                              f"or choose another --out_dir")
         if config.overwrite and found and not (out / "config.json").exists():
@@ -344,6 +344,7 @@ class Log:
         self.recent, self.spikes, self.bad_steps = collections.deque(history.recent, SPIKE_WINDOW), history.spikes, 0
         self.first_step, self.started = step, time.time()
         self.shown_step, self.shown_time = step, self.started  # where the running throughput starts
+        self.evaluated, self.evaluation_seconds = False, 0.0  # of the last pause that held an evaluation
 
     def say(self, text):
         if self.folder:
@@ -358,9 +359,12 @@ class Log:
     @contextlib.contextmanager
     def paused(self):
         """What runs in here, evaluating and saving, does not count as training in tokens_per_s."""
-        started = time.time()
+        started, self.evaluated = time.time(), False
         yield
-        self.shown_time += time.time() - started
+        seconds = time.time() - started
+        self.started += seconds
+        self.shown_time += seconds
+        self.evaluation_seconds = seconds if self.evaluated else self.evaluation_seconds
 
     def shows(self, step):
         return step % self.config.log_interval == 0 or step == self.config.max_iters - 1
@@ -379,15 +383,21 @@ class Log:
         self.write("train", step=step, loss=loss if finite else None, lr=lr, grad_norm=grad_norm if finite else None,
                    tokens_per_s=rate, mfu=mfu, spikes=self.spikes)
         if spike:
-            self.say(f"step {step:>6}  loss {loss:.4f} is a spike, the {self.spikes}. so far")
+            self.say(f"step {step:>6}  loss {loss:.4f} is spike number {self.spikes}")
         if not finite:
             self.say(f"step {step:>6}  loss {loss}, gradient norm {grad_norm}: no update made")
             self.check_bad_steps(step, self.config.max_bad_steps)
         elif self.shows(step):
-            left = (self.config.max_iters - step - 1) * (now - self.started) / (step + 1 - self.first_step)
+            left = ((self.config.max_iters - step - 1) * (now - self.started) / (step + 1 - self.first_step)
+                    + self.evaluations_after(step) * self.evaluation_seconds)
             self.say(f"step {step:>6}/{self.config.max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad_norm {grad_norm:.2f}  "
                      f"{rate:,.0f} tokens/s  " + (f"mfu {mfu:.1%}  " if mfu else "") + f"{duration(left)} left")
             self.shown_step, self.shown_time = step + 1, now
+
+    def evaluations_after(self, step):
+        """How many evaluations are due after this step, the last step's included."""
+        interval, last = self.config.eval_interval, self.config.max_iters
+        return 1 + ((last - 1) // interval - step // interval if interval > 0 else 0)
 
     def check_bad_steps(self, step, most):
         """Raise FloatingPointError if the last `most` steps up to `step`, or more, were not finite."""
@@ -402,6 +412,7 @@ class Log:
     def evaluation(self, step, tokens, val_loss, bytes_per_token):
         """Write and show a validation loss. Returns it in bits per byte, None if the tokens' length in bytes is unknown."""
         val_bpb = val_loss / math.log(2) / bytes_per_token if bytes_per_token else None
+        self.evaluated = True
         self.write("eval", step=step, tokens=tokens, val_loss=val_loss, val_bpb=val_bpb)
         self.say(f"step {step:>6}  val_loss {val_loss:.4f} nats/token" + (f", {val_bpb:.4f} bits/byte" if val_bpb else ""))
         return val_bpb

@@ -36,7 +36,7 @@ def load_model(out_dir):
 
 def show(text):
     """Print what standard output can show, "?" for the rest: a terminal that is not UTF-8 must not end a run."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: closed, and print does nothing
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
@@ -75,8 +75,8 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 0:
-            raise ValueError("--temperature, --top_k and --max_new_tokens cannot be negative")
+        if min(args.temperature, args.top_k, args.max_new_tokens, args.num_samples) < 0:
+            raise ValueError("--temperature, --top_k, --max_new_tokens and --num_samples cannot be negative")
         model, encoding, step = load_model(args.out_dir)
         model.to(args.device)
         for i in range(args.num_samples):

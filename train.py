@@ -251,7 +251,7 @@ def train(config, process):
         describe(t, say)
         process.first_then_all(lambda: start_wandb(config))
         log = Log(folder if process.first else None, config, t.step, t.model.flops_per_token(), process.peak_flops())
-        with stop_signals() as stops:
+        with stop_signals(tell=process.first) as stops:
             result = loop(t, folder, log, stops)
         if result is None:
             return EXIT_STOPPED
@@ -285,12 +285,12 @@ def main(argv):
         return 0
     try:
         process = Process()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, dist.DistError) as error:  # the second: the others cannot be met at MASTER_ADDR and MASTER_PORT
+        print(f"error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 1
     try:
         if not argv:
-            raise ValueError("which model? Start with `python train.py configs/quickstart.py`, two to three minutes on two cores; configs/ "
+            raise ValueError("which model? Start with `python train.py configs/quickstart.py`, some two minutes on two cores; configs/ "
                              "holds others, and `python train.py --help` lists every key")
         config = load_config(argv)
         share_batch(config, process.count)  # raises what all processes raise, before they meet

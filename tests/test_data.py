@@ -285,6 +285,10 @@ def test_meta_and_shards_disagree(copy):
         Dataset(copy, 5000, 257)
     meta["splits"]["val"]["shards"][0]["tokens"] += 1
     (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="meta.json is damaged .*val has .* tokens, and its shards"):
+        Dataset(copy, 16, 257)
+    meta["splits"]["val"]["tokens"] += 1
+    (copy / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="meta.json says"):
         Dataset(copy, 16, 257)
     (copy / "val_000000.bin").unlink()

@@ -104,7 +104,7 @@ def test_ctrl_c_and_another_process(dataset, tmp_path):
         assert "another process is training in out_dir" in refused(*start(tmp_path, dataset, key))
     first.send_signal(signal.SIGINT)
     said, errors = first.communicate(timeout=60)
-    assert first.returncode == EXIT_STOPPED and "stopped by a signal" in said and not errors
+    assert first.returncode == EXIT_STOPPED and "SIGINT: stopping" in said and "stopped by a signal" in said and not errors
     assert newest_checkpoint(tmp_path)[1]["step"] == len(losses(tmp_path))
 
 

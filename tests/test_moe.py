@@ -59,7 +59,8 @@ def with_gradients(function, layer, x):
 @pytest.mark.parametrize("execution", ["auto", "weights", "activations"])
 def test_routed_layer_equals_a_dense_reference(execution):
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    for keys in VARIANTS[::7] + [UNIFIED]:
+    known = [keys for keys in VARIANTS if keys["scale_placement"] in ("input", "after", "dual", "dual_norm")]  # a fork may add others
+    for keys in known[::7] + [UNIFIED]:
         layer = moe(d_shared_expert=40, scale_execution=execution, **keys)
         found = with_gradients(lambda x, layer=layer: layer(x)[0], layer, x)
         expected = with_gradients(lambda x, layer=layer: reference(layer, x, 2), layer, x)

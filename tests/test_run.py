@@ -199,7 +199,7 @@ def test_spikes_are_counted_over_a_resume(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SPIKE_STD", -1e9)
     for steps in (7, 9):
         said = trained(*start(tmp_path, dataset, f"--max_iters={steps}", "--resume"))
-    assert [r["spikes"] for r in read_log(tmp_path, "train")] == [0, 0, 0, 0, 1, 2, 3, 4, 5] and "is a spike, the 5. so far" in said
+    assert [r["spikes"] for r in read_log(tmp_path, "train")] == [0, 0, 0, 0, 1, 2, 3, 4, 5] and "is spike number 5" in said
     assert json.loads((tmp_path / "summary.json").read_text())["spikes"] == 5
 
 

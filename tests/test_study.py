@@ -379,14 +379,20 @@ def test_results_that_hold_other_runs_are_kept(tmp_path, capsys, monkeypatch):
     arguments = [str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs", f"--results={tmp_path}", "--evaluate"]
     write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
     path, look = tmp_path / "figure_1_necessity_cpu.json", tmp_path / "runs" / "figure_1_necessity_cpu.json"
-    run = {"model": "0.23M", "row": "baseline", "learning_rate": 0.004, "seed": 1}
+    run = {"model": "0.23M", "row": "baseline", "learning_rate": 0.004, "seed": 1, "state": "done", "steps": 1, "curve": []}
     more = json.dumps({"runs": [{**run, "seed": 2}]})  # not more in number, but another
     path.write_text(more)
-    assert main(arguments) == 0 and "holds runs that these lack (1), and stays as it is" in capsys.readouterr().out
+    assert main(arguments) == 0 and "holds runs that these lack (1), or more of them, and stays as it is" in capsys.readouterr().out
     assert path.read_text() == more and len(json.loads(look.read_text())["runs"]) == 1
     path.write_text(json.dumps({"runs": [run]}))
     if evidence.stats:
         assert main(arguments) == 0 and path.read_text() == look.read_text()
+    for richer in ({"steps": 10 ** 6}, {"curve": [[0, 1.0]] * 99}):  # the same run, and more of it
+        path.write_text(json.dumps({"runs": [{**run, **richer}]}))
+        assert main(arguments) == 0 and path.read_text() == json.dumps({"runs": [{**run, **richer}]})
+    beside = [a if not a.startswith("--results") else f"--results={tmp_path}/runs" for a in arguments]  # beside the runs is the same folder
+    look.write_text(more)
+    assert main(beside) == 0 and look.read_text() == more and (tmp_path / "runs" / "part_of_figure_1_necessity_cpu.json").is_file()
     monkeypatch.setattr(evidence, "stats", None)  # no scipy: a table without intervals
     path.write_text(json.dumps({"runs": [run]}))
     assert main(arguments) == 0 and path.read_text() == json.dumps({"runs": [run]})
@@ -437,7 +443,12 @@ def test_track_takes_a_config_and_keys(tmp_path):
     assert path == str(track) and extra == {"scale_placement": "dual", "scale_lr": 3}
     study = load_study(track, "cpu", extra)
     assert study["rows"]["yours"] == extra and ("yours", "unified") in study["comparisons"]
-    assert study["name"] == "track_scale_placement_dual_scale_lr_3"  # each idea has results of its own
+    assert study["name"].startswith("track_scale_placement_dual_scale_lr_3_")  # each idea has results of its own, also if two begin alike:
+    long = {"scale_heterogeneous": True, "scale_placement": "dual_norm", "scale_weight_decay": "input_norm"}
+    assert len({load_study(track, "cpu", {**long, "scale_reparam": r})["name"] for r in ("original", "exponential")}) == 2
+    mine.write_text("learning_rate = 9e-3")
+    with pytest.raises(ValueError, match="mine.py sets learning_rate, which is the study's"):
+        yours([str(track), str(mine)], [])
     with pytest.raises(ValueError, match="has no row of yours"):
         load_study(ROOT / "studies" / "smoke.py", "cpu", extra)
 
@@ -455,7 +466,8 @@ def test_the_tracks_rule():
 @pytest.mark.parametrize("arguments, says", [
     (["studies/nothing.py"], "study not found"), (["{smoke}", "--scale=huge"], "no scale 'huge'"),
     (["{smoke}", "--lerning_rate=1"], "unknown key"), (["{smoke}", "--rows=x"], "no row 'x'"),
-    (["{smoke}", "--seed=1"], "leave seed out")])
+    (["{smoke}", "--seed=1"], "seed is the study's"),
+    (["{smoke}", "--overwrite"], "overwrite is the study's")])
 def test_errors_are_one_line(arguments, says, capsys):
     assert main([a.format(smoke=ROOT / "studies" / "smoke.py") for a in arguments]) == 1
     err = capsys.readouterr().err
@@ -471,7 +483,10 @@ def test_errors_are_one_line(arguments, says, capsys):
     ("scales['cpu']['models']['tiny']['learning_rates'] = ()", "needs 'learning_rates'"),
     ("scales['cpu']['models']['tiny']['rows'] = ('x',)", "names no row, or one that the study does not have"),
     ("scales['cpu']['models']['tiny']['rows'] = ()", "names no row"), ("scales['cpu']['rows'] = {'baseline': 1}", "'rows' must be"),
-    ("rows = {'a, b': {}}", "may have a comma"), ("panels = 3", "panels must be"), ("comparisons = [1]", "comparisons must be"),
+    ("rows = {'a, b': {}}", "without a comma"), ("rows = {1: {}}", "without a comma"), ("panels = [[]]", "panels must be"),
+    ("title = 1", "must be strings"),    ("scales['cpu']['tuning_seeds'] = 0", "tuning_seeds"),
+    ("scales['cpu']['models']['tiny']['learning_rates'] = ('2e-3',)", "needs 'learning_rates'"),
+    ("panels = 3", "panels must be"), ("comparisons = [1]", "comparisons must be"),
     ("comparisons = {('unified', 'baseline'): None}", "comparisons must be")])
 def test_a_malformed_study_is_one_line(line, says, tmp_path):
     path = tmp_path / "study.py"
@@ -479,6 +494,18 @@ def test_a_malformed_study_is_one_line(line, says, tmp_path):
     with pytest.raises(ValueError, match="see studies/common.py") as error:
         load_study(path, "cpu")
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line, says", [("import sys; sys.exit(0)", "does not run: SystemExit"),
+                                        ("raise OSError('two\\nlines')", "does not run: OSError: two"),
+                                        ("rows['unified'] = {'min_lr': 5e-3}", "row 'unified': min_lr=0.005"),
+                                        ("rows['unified'] = {'dataset': 'data/nope'}", "no dataset at data/nope")])
+def test_what_would_fail_later_fails_first(line, says, tmp_path, capsys):
+    path = tmp_path / "study.py"
+    path.write_text((ROOT / "studies" / "smoke.py").read_text() + "\n" + line)
+    assert main([str(path), f"--out={tmp_path}/runs", f"--results={tmp_path}"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1 and not (tmp_path / "runs").exists()
 
 
 def test_seeds_are_whole_numbers(capsys):

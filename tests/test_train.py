@@ -389,3 +389,10 @@ def test_cuda_trains_as_the_cpu_does(undisturbed, dataset, tmp_path):
     for dtype, tolerance in (("float32", 1e-3), ("bfloat16", 0.05)):
         run_program("train.py", UNIFIED_CONFIG, *start(tmp_path / dtype, dataset, "--device=cuda", f"--dtype={dtype}"))
         assert losses(tmp_path / dtype) == pytest.approx(losses(undisturbed[0]), abs=tolerance)
+
+
+def test_a_rank_that_another_program_left_is_no_process_of_several(monkeypatch):
+    """RANK=1 alone: this process still writes its run."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert Process().first

@@ -70,6 +70,7 @@ def test_verify_sees_leaks_and_damage(dataset, tmp_path):
     val, train = meta["splits"]["val"]["shards"][0], meta["splits"]["train"]["shards"][0]
     (copy / "extra.bin").write_bytes((copy / val["name"]).read_bytes())
     meta["splits"]["train"]["shards"].append({**val, "name": "extra.bin"})
+    meta["splits"]["train"]["tokens"] += val["tokens"]
     (copy / "meta.json").write_text(json.dumps(meta))
     documents = meta["splits"]["val"]["documents"]
     with pytest.raises(ValueError, match=f"{documents} of {documents} validation documents are in the training split, too"):

@@ -249,7 +249,7 @@ def fill(text, folder=ROOT / "results"):
             return f"<!-- study {name} {what} -->not run yet<!-- end -->"
         try:
             value = quote(json.loads(path.read_text()), what)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        except (KeyError, TypeError, AttributeError, StopIteration, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"{path} is not a study's results: take it from the repository, or run the study anew") from None
         return f"<!-- study {name} {what} -->{value}<!-- end -->"
     return MARKER.sub(write, text)

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from disk import write_whole  # noqa: E402
 from tools.evidence import paired, paper_value  # noqa: E402
 
 DPI, WIDTH = 100, 10  # 1000 pixels
@@ -19,7 +20,7 @@ def draw(results, path):
     drawn = {"relative loss": relative_loss, "learning rates": learning_rates, "scaling": scaling, "matrix norms": matrix_norms}
     figure = drawn[results["picture"]](results)
     figure.suptitle(f"{results['title']} ({results['scale']} scale)", fontsize=11)
-    figure.savefig(path, dpi=DPI)
+    write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format="png"))
     plt.close(figure)
 
 
@@ -45,7 +46,8 @@ def relative_loss(results):
         rate, ends = results["results"][model]["tuned_rate"], []
         reference = curves_of(results, model, rows[0], rate)
         axis.axhline(0, color="black", linewidth=1, label=rows[0])
-        for color, row in enumerate(rows[1:]):
+        for place, row in enumerate(rows[1:]):
+            color = (list(results["rows"]).index(row) - 1) % 10  # a row has one colour in all panels
             others = curves_of(results, model, row, rate)
             tokens = sorted(set.intersection(*(set(c) for c in (*others.values(), *reference.values())))) if others and reference else []
             if tokens and any(max(c) != tokens[-1] for c in others.values()):
@@ -59,7 +61,7 @@ def relative_loss(results):
                       label=f"{row}, without {lost} diverged" if lost else row)
             tokens, last = points[-1]
             if last["low"] is not None and not lost:
-                axis.plot([tokens * (1.01 + 0.012 * color)] * 2, [last["low"], last["high"]], color=f"C{color}", linewidth=1.5)
+                axis.plot([tokens * (1.01 + 0.012 * place)] * 2, [last["low"], last["high"]], color=f"C{color}", linewidth=1.5)
                 ends += [last["low"], last["high"]]
             ends.append(last["difference"])
             for c in results["results"][model]["comparisons"]:

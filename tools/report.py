@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+from disk import write_whole
+
 COLUMNS, PIXELS, DPI = 4, 1000, 100
 NEEDED = {"train": ("step", "loss"), "eval": ("step", "val_loss"), "scale": ("step", "name", "mean", "std"),
           "matrix": ("step", "name", "norm")}  # what is read of each event
@@ -31,9 +33,10 @@ def read_log(run):
         try:
             record = json.loads(line)
             for key in NEEDED.get(record["event"], ()):
-                record[key]  # KeyError if it is not there
+                if not isinstance(record[key], str if key == "name" else (int, float, type(None))):  # KeyError if it is not there
+                    raise TypeError(key)
             events.setdefault(record["event"], []).append(record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):  # no newline after it: it is still being written, or never was in full
                 break
             raise ValueError(f"{path}, line {number}: not a log record") from None
@@ -169,7 +172,8 @@ def report(runs, path):
         draw_panels(plt, figure, grid[place].subgridspec(-(-len(panels) // COLUMNS), COLUMNS), name, panels, limits, band)
     if blocks:
         figure.supxlabel("step; a line is a layer, dark the first, bright the last", fontsize=8)
-    figure.savefig(path, dpi=DPI)
+    kind = Path(path).suffix[1:] or "png"
+    write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format=kind))
     plt.close(figure)
 
 
@@ -189,7 +193,7 @@ def table(runs):
             bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"
             lines.append(f"{name:<{width}} {loss:>10} {bpb:>9} {s['params']:>13,} {s['scale_params']:>9,} "
                          f"{s['tokens']:>14,} {s['tokens_per_s']:>9,.0f}")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path} is not what train.py leaves at the end of a run: leave this run out, or run it anew") from None
     return "\n".join(lines)
 

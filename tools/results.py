@@ -2,7 +2,7 @@
 What a study leaves: one JSON of summaries and evaluation curves, small enough to commit, and a picture.
 
   collect          the JSON's contents, from the runs that there are
-  cells_in         the runs that a JSON holds, so that a poorer one does not take its place
+  worth, runs_in   the runs that a JSON holds, and what of each, so that a poorer one does not take its place
   write_results    both files, and the table on the screen
 """
 import json
@@ -74,14 +74,20 @@ def as_text(results):
     return f'{head[:-2]},\n "runs": [\n{runs}\n]\n}}\n'
 
 
-def cells_in(path):
-    """{(model, row, learning rate, seed)} of the runs that a results JSON holds; empty if there is none. Raises ValueError, one line, on a
-    file that is no study's results."""
+def worth(runs):
+    """{(model, row, learning rate, seed): (is it done, its steps, the points of its curve)} of a JSON's runs."""
+    return {(run["model"], run["row"], run["learning_rate"], run["seed"]): (run["state"] == "done", run.get("steps", 0), len(run["curve"]))
+            for run in runs}
+
+
+def runs_in(path):
+    """The worth of the runs that a results JSON holds; empty if there is none. Raises ValueError, one line, on a file that is no study's
+    results."""
     try:
-        return {(run["model"], run["row"], run["learning_rate"], run["seed"]) for run in json.loads(path.read_text())["runs"]}
+        return worth(json.loads(path.read_text())["runs"])
     except FileNotFoundError:
-        return set()
-    except (ValueError, KeyError, TypeError):
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is not a study's results: move it away, or give another --results") from None
 
 

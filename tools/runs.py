@@ -80,9 +80,10 @@ class Run:
         """The summary.json of a finished run. Raises ValueError, one line, if it is not what train.py leaves."""
         try:
             summary = json.loads((self.folder / "summary.json").read_text())
-            if {"val_loss", "steps", "tokens", "params", "scale_params", "seconds"} <= summary.keys():
+            numbers = [summary[key] for key in ("steps", "tokens", "params", "scale_params", "seconds")]
+            if all(isinstance(n, (int, float)) for n in (*numbers, summary["val_loss"] or 0)):
                 return summary
-        except (ValueError, AttributeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise ValueError(f"{self.folder / 'summary.json'} is not what train.py leaves at the end of a run: move {self.folder} away")
 
@@ -90,7 +91,7 @@ class Run:
         """What made_by.json says of the run's command, device and versions; {} without one."""
         try:
             return dict(json.loads((self.folder / "made_by.json").read_text()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
 
@@ -114,7 +115,7 @@ class RunFolders:
         try:
             stored = json.loads((folder / "config.json").read_text())
             return self.key({k: stored.get(k, field.default) for k, field in FIELDS.items() if k not in NOT_SETTINGS})
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return None
 
     def find(self, label, config_file, keys):
@@ -154,8 +155,9 @@ class Pool:
         run.folder.mkdir(parents=True, exist_ok=True)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"] if self.nproc else []
         command = [sys.executable, *torchrun, "train.py", *run.arguments, f"--out_dir={run.folder}", "--resume"]
+        codes = dict.fromkeys([*filter(None, str(run.made_by().get("code", "")).split(", ")), code()])  # a resumed run may have several
         made_by = {"command": shlex.join(["python", "train.py", *run.arguments]), "device": device_name(), "torch": torch.__version__,
-                   "python": platform.python_version(), "code": code()}
+                   "python": platform.python_version(), "code": ", ".join(codes)}
         write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")
         environment = dict(os.environ)
         if run.settings["device"] == "cpu" or not torch.cuda.is_available():

@@ -8,12 +8,14 @@ Remake a result of the paper, or try an idea beside it: run what is missing, the
 
 A study is a plain file of data: see studies/common.py. Its runs are train.py's, one folder each under out/studies/<scale>, shared by all
 studies. What is finished stays; what was interrupted is resumed; Ctrl-C ends the runs after they have saved. Results are written to
-results/<study>_<scale>.json and .png from the runs that there are, and never in place of results that hold a run which these lack.
+results/<study>_<scale>.json and .png from the runs that there are, and never in place of results that hold a run, or more of
+one, which these lack.
 
 Learning rates: the first row is tuned on its grid, on the scale's tuning seeds (the first seed, if it names none), and every row runs at
 that rate with every seed, the paper's protocol. Then each row is tuned in the same way, and runs at its own best rate, ours.
 """
 import argparse
+import hashlib
 import itertools
 import math
 import re
@@ -29,7 +31,7 @@ from disk import write_whole
 from prepare_data import prepare_builtin
 from tools import evidence
 from tools.evidence import best_rate, fill, rows_of, tuning_seeds
-from tools.results import cells_in, collect, write_results
+from tools.results import collect, runs_in, worth, write_results
 from tools.runs import ROOT, Pool, RunFolders, code
 
 NAMES = ("title", "question", "rows", "comparisons", "scales", "panels", "picture", "rule", "yours", "matrices", "measured_by")
@@ -46,8 +48,9 @@ def load_study(path, scale, extra=()):
         raise ValueError(f"study not found: {path}")
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
-        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} does not run: {reason}") from None
     study = {"comparisons": {}, "picture": "relative loss", **{k: v for k, v in names.items() if k in NAMES}, "name": Path(path).stem}
     for key in {"title", "question"} | (set() if "measured_by" in study else {"rows", "scales"}):
         if key not in study:
@@ -61,7 +64,8 @@ def load_study(path, scale, extra=()):
     if extra and "yours" not in study:
         raise ValueError(f"{study['name']} has no row of yours for {' '.join(f'{k}={v}' for k, v in extra.items())}: use studies/track.py")
     if extra:
-        study["name"] += "_" + re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in extra.items()).lower()).strip("_")[:60]
+        said = re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in extra.items()).lower()).strip("_")
+        study["name"] += f"_{said[:60]}_{hashlib.sha256(repr(extra).encode()).hexdigest()[:6]}"  # two ideas may begin alike
         study["rows"] = {**study["rows"], "yours": extra}
         study["comparisons"] = {**study["comparisons"], **{("yours", other): {} for other in study["yours"]}}
     own = study["scales"][scale].get("rows", {})  # keys that a row has at this scale only
@@ -83,16 +87,23 @@ def filled(value):
     return isinstance(value, dict) and bool(value)
 
 
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_shape(path, study):
     """Raises ValueError, one line, if rows, comparisons or panels are not of the shape that studies/common.py gives."""
     rows, comparisons, panels = study["rows"], study["comparisons"], study.get("panels", [])
     needs(path, "rows must be {label: {key: value}}, one row or more", filled(rows) and all(isinstance(v, dict) for v in rows.values()))
-    needs(path, "no row's label may have a comma, which --rows puts between labels", not any("," in row for row in rows))
+    needs(path, "a row's label must be a string without a comma, which --rows puts between labels",
+          all(isinstance(row, str) and "," not in row for row in rows))
+    needs(path, "title and question must be strings", isinstance(study["title"], str) and isinstance(study["question"], str))
     needs(path, "comparisons must be {(row, other row): {model: the paper's difference}}, with {} where the paper has none",
           isinstance(comparisons, dict) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in comparisons)
-          and all(isinstance(paper, dict) for paper in comparisons.values()))
+          and all(isinstance(paper, dict) and all(map(is_number, paper.values())) for paper in comparisons.values()))
     needs(path, "panels must be lists of rows, [['a', 'b'], ['a', 'c']]",
-          isinstance(panels, list) and all(isinstance(panel, list) for panel in panels))
+          isinstance(panels, list) and all(isinstance(panel, list) and panel and all(isinstance(row, str) for row in panel)
+                                           for panel in panels))
 
 
 def check_scale(path, study, scale):
@@ -105,6 +116,8 @@ def check_scale(path, study, scale):
     needs(path, f"{where} must be {{'seeds': ..., 'models': ...}}", isinstance(spec, dict))
     seeds, own = spec.get("seeds"), spec.get("rows", {})
     needs(path, f"{where} needs 'seeds', one or more, such as (1, 2, 3)", isinstance(seeds, (tuple, list)) and seeds)
+    needs(path, f"{where}: 'tuning_seeds' must be how many seeds choose the rates",
+          type(spec.get("tuning_seeds", 1)) is int and spec.get("tuning_seeds", 1) > 0)
     needs(path, f"{where} needs 'models', one or more", filled(spec.get("models")))
     needs(path, f"{where}: 'rows' must be {{row: its keys}}", isinstance(own, dict) and all(isinstance(v, dict) for v in own.values()))
     for name, model in spec["models"].items():
@@ -112,7 +125,8 @@ def check_scale(path, study, scale):
         rates, its = model.get("learning_rates"), model.get("rows", rows)
         needs(path, f"{whose} needs 'config', the path of a config file", isinstance(model.get("config"), str))
         needs(path, f"{whose} needs 'keys', such as {{}}", isinstance(model.get("keys"), dict))
-        needs(path, f"{whose} needs 'learning_rates', one or more, such as (2e-3, 4e-3)", isinstance(rates, (tuple, list)) and rates)
+        needs(path, f"{whose} needs 'learning_rates', one or more, such as (2e-3, 4e-3)",
+              isinstance(rates, (tuple, list)) and rates and all(map(is_number, rates)))
         needs(path, f"{whose} names no row, or one that the study does not have", its and set(its) <= set(rows))
 
 
@@ -152,14 +166,18 @@ def plan(study, scale, losses, protocol="both"):
 
 
 def check_rows(study, scale):
-    """Raises ValueError, one line, if train.py would refuse a row: before any run, though a row's own may come hours later."""
+    """The datasets of all rows. Raises ValueError, one line, if train.py would refuse a row at a rate: before any run, though a row's own
+    may come hours later."""
+    datasets = set()
     for spec in scale["models"].values():
-        for row in rows_of(study, spec):
-            keys = {**spec["keys"], **study["rows"][row]}
+        for row, rate in itertools.product(rows_of(study, spec), spec["learning_rates"]):
+            keys = {**spec["keys"], **study["rows"][row], "learning_rate": rate}
             try:
-                load_config([str(ROOT / spec["config"]), *(f"--{k}={v}" for k, v in keys.items())])
+                config = load_config([str(ROOT / spec["config"]), *(f"--{k}={v}" for k, v in keys.items())])
             except ValueError as error:
                 raise ValueError(f"row {row!r}: {error}") from None
+            datasets.add(config.dataset)
+    return datasets
 
 
 def run_of(folders, study, scale, cell):
@@ -256,30 +274,35 @@ def parse(argv):
     args, args.keys = parser.parse_known_args(argv)
     if not args.docs and not args.files:
         parser.error("name a study file, such as studies/figure_5_step_by_step.py")
-    if args.jobs < 1:
-        parser.error(f"--jobs={args.jobs} must be at least 1")
+    for key, least in (("jobs", 1), ("nproc_per_node", 0)):
+        if getattr(args, key) < least:
+            parser.error(f"--{key}={getattr(args, key)} must be at least {least}")
     return args
 
 
 def yours(files, keys):
     """(study file, {key: value} of the row "yours"): the first file is the study, the others are configs, and --key=value comes last."""
-    values = {}
+    values, theirs = {}, ("learning_rate", "seed", "resume", "overwrite")
     for path in files[1:]:
         values |= read_config_file(path)
+        if refused := [key for key in theirs if key in values]:
+            raise ValueError(f"{path} sets {refused[0]}, which is the study's, the same for every row: leave it out")
     for text in keys:
         key, given, value = text.removeprefix("--").partition("=")
         if not text.startswith("--"):
             raise ValueError(f"{text!r}: write --key=value with a key of train.py")
         known_key(key, "the command line")
-        if key in ("learning_rate", "seed"):
-            raise ValueError(f"{text}: learning rates and seeds are the study's, the same for every row: leave {key} out")
+        if key in theirs:
+            raise ValueError(f"{text}: {key} is the study's, the same for every row: leave it out")
         values[key] = parse_value(key, value if given else "True")
     return files[0], {key: value for key, value in values.items() if key != "out_dir"}
 
 
-def run_missing(study, scale, folders, args):
+def run_missing(study, scale, folders, args, datasets):
     """Run what is missing. Returns the lines of runs that failed; Ctrl-C, or an error here, stops the runs once they have saved."""
-    datasets = {run.settings["dataset"] for run in losses_of(folders, study, scale)[1].values()}
+    for dataset in datasets - {BUILTIN}:
+        if not (ROOT / Path(dataset).expanduser()).is_dir():
+            raise ValueError(f"no dataset at {dataset}: make it with prepare_data.py, or give another --dataset")
     if BUILTIN in datasets and not (ROOT / BUILTIN).exists():
         prepare_builtin(ROOT / BUILTIN)  # once, before runs side by side want it
     print(f"{study['name']}, scale {args.scale}, runs in {folders.out}", flush=True)
@@ -331,20 +354,21 @@ def run_study(path, args, extra):
         print(f"{study['title']}: {study['question']}\nrun `{study['measured_by']}`")
         return True
     study, scale = only(study, args.scale, args.rows, args.seeds)
-    check_rows(study, scale)
+    datasets = check_rows(study, scale)
     folders = RunFolders(Path(args.out or ROOT / "out" / "studies" / args.scale).absolute())
     if args.show:
         show(study, scale, folders, args.protocol)
         return True
     path = Path(args.results) / f"{study['name']}_{args.scale}.json"
-    there = cells_in(path)
-    failed = [] if args.evaluate else run_missing(study, scale, folders, args)
+    there = runs_in(path)
+    failed = [] if args.evaluate else run_missing(study, scale, folders, args, datasets)
     results = collect(study, scale, args.scale, *losses_of(folders, study, scale, args.protocol), command_of(args))
-    here = {(run["model"], run["row"], run["learning_rate"], run["seed"]) for run in results["runs"]}
-    if there - here or (there and evidence.stats is None):  # a look at a few rows or seeds, or a table without intervals
-        why = f"holds runs that these lack ({len(there - here)})" if there - here else "has intervals, which need scipy"
+    here = worth(results["runs"])
+    lost = [cell for cell, known in there.items() if any(new < old for new, old in zip(here.get(cell, (False, -1, -1)), known))]
+    if lost or (there and evidence.stats is None):  # a look at a few rows or seeds, or a table without intervals
+        why = f"holds runs that these lack ({len(lost)}), or more of them" if lost else "has intervals, which need scipy"
         print(f"\n{path} {why}, and stays as it is: these results go to {folders.out}")
-        path = folders.out / path.name
+        path = folders.out / (path.name if folders.out != path.parent.absolute() else f"part_of_{path.name}")
     write_results(results, path)
     if set(results["code"]) - {code()}:
         print("some of these runs were made before norms.py, model.py, optim.py, train.py or data.py changed; a finished run is never made "

@@ -59,7 +59,8 @@ def verify(folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="a dataset of prepare_data.py's, or of another program's (docs/data.md)")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be anything
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be anything
     try:
         verify(parser.parse_args(argv).folder)
     except (ValueError, OSError) as error:
