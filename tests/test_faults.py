@@ -76,7 +76,7 @@ def kill_at_random(process, out, rng):
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills(dataset, tmp_path, kills):
     """Every second kill waits for a checkpoint that is being written, the others strike at a random moment, start-up included."""
-    steps = 10 * kills + 20
+    steps = 10 * kills + 6
     args = [UNIFIED_CONFIG, *MUON_MIXTURE, f"--max_iters={steps}", "--checkpoint_interval=1", "--eval_interval=50", "--n_embd=128",
             "--d_ff=384", "--log_interval=50"]
     out, rng, halves = tmp_path / "killed", random.Random(5), 0

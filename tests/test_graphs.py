@@ -69,7 +69,7 @@ def counted():
 
 @pytest.mark.parametrize("keys, dtype, parts", [
     ({}, torch.float32, 3),  # one block for all layers, the head's product, the loss
-    ({"recompute": True}, torch.float32, 3),
+    pytest.param({"recompute": True}, torch.float32, 3, marks=pytest.mark.slow),
     (MIXTURE, torch.bfloat16, 4),  # and a block with experts: what CUDA runs
     (MIXTURE, torch.float32, 4),  # experts in float32 are a loop that stays eager: a dense block, the other's attention, head, loss
 ], ids=["dense", "recompute", "mixture", "looped mixture"])

@@ -71,8 +71,9 @@ def test_a_prompt_of_another_tokenizer_is_one_line():
 def test_errors(tmp_path):
     done = run("sample.py", f"--out_dir={tmp_path}", check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: no checkpoint in") and done.stderr.count("\n") == 1
-    done = run("sample.py", "--temperature=-1", check=False)
-    assert "cannot be negative" in done.stderr
+    for wrong in ("--temperature=-1", "--num_samples=-2"):
+        with pytest.raises(SystemExit, match="cannot be negative"):
+            sample.main([wrong])
 
 
 def test_a_device_that_is_not_there_and_ctrl_c(undisturbed, monkeypatch, capsys):

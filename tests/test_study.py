@@ -394,8 +394,8 @@ def test_results_that_hold_other_runs_are_kept(tmp_path, capsys, monkeypatch):
     look.write_text(more)
     assert main(beside) == 0 and look.read_text() == more and (tmp_path / "runs" / "part_of_figure_1_necessity_cpu.json").is_file()
     monkeypatch.setattr(evidence, "stats", None)  # no scipy: a table without intervals
-    path.write_text(json.dumps({"runs": [run]}))
-    assert main(arguments) == 0 and path.read_text() == json.dumps({"runs": [run]})
+    path.write_text(json.dumps({"low": -0.1, "runs": [run]}))
+    assert main(arguments) == 0 and path.read_text() == json.dumps({"low": -0.1, "runs": [run]})
     path.write_text("[]")
     assert main(arguments) == 1 and path.read_text() == "[]"
     assert f"error: {path} is not a study's results" in capsys.readouterr().err

@@ -3,11 +3,13 @@ What a study leaves: one JSON of summaries and evaluation curves, small enough t
 
   collect          the JSON's contents, from the runs that there are
   worth, runs_in   the runs that a JSON holds, and what of each, so that a poorer one does not take its place
+  has_intervals    does a JSON hold intervals, which one made without scipy has not
   write_results    both files, and the table on the screen
 """
 import json
 import math
 import platform
+import re
 
 from config import load_config, meta_model, tokens_per_step
 from disk import write_whole
@@ -89,6 +91,11 @@ def runs_in(path):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is not a study's results: move it away, or give another --results") from None
+
+
+def has_intervals(path):
+    """Does a results JSON hold t-intervals? It was made with scipy then."""
+    return path.is_file() and re.search(r'"low": -?[0-9]', path.read_text()) is not None
 
 
 def write_results(results, path):

@@ -31,7 +31,7 @@ from disk import write_whole
 from prepare_data import prepare_builtin
 from tools import evidence
 from tools.evidence import best_rate, fill, rows_of, tuning_seeds
-from tools.results import collect, runs_in, worth, write_results
+from tools.results import collect, has_intervals, runs_in, worth, write_results
 from tools.runs import ROOT, Pool, RunFolders, code
 
 NAMES = ("title", "question", "rows", "comparisons", "scales", "panels", "picture", "rule", "yours", "matrices", "measured_by")
@@ -365,7 +365,7 @@ def run_study(path, args, extra):
     results = collect(study, scale, args.scale, *losses_of(folders, study, scale, args.protocol), command_of(args))
     here = worth(results["runs"])
     lost = [cell for cell, known in there.items() if any(new < old for new, old in zip(here.get(cell, (False, -1, -1)), known))]
-    if lost or (there and evidence.stats is None):  # a look at a few rows or seeds, or a table without intervals
+    if lost or (evidence.stats is None and has_intervals(path)):  # a look at a few rows or seeds, or a table without intervals
         why = f"holds runs that these lack ({len(lost)}), or more of them" if lost else "has intervals, which need scipy"
         print(f"\n{path} {why}, and stays as it is: these results go to {folders.out}")
         path = folders.out / (path.name if folders.out != path.parent.absolute() else f"part_of_{path.name}")
