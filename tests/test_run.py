@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -465,3 +466,9 @@ def test_a_run_does_not_end_on_steps_that_are_not_finite(dataset, tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path):
     status, _, errors = train(*start(tmp_path, dataset, *RUINED, "--checkpoint_interval=1"))
     assert status == 1 and "the weights after 1 steps were not finite" in errors and not checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("max_iters, interval, due", [(10, 3, [3, 6, 9, 10]), (9, 3, [3, 6, 9]), (5, 0, [5]), (4, 8, [4])])
+def test_evaluations_that_are_still_to_come_count_in_the_time_left(max_iters, interval, due):
+    log = run.Log(None, SimpleNamespace(max_iters=max_iters, eval_interval=interval), 0)
+    assert [log.evaluations_after(step) for step in range(max_iters)] == [sum(d > step for d in due) for step in range(max_iters)]
