@@ -258,7 +258,8 @@ def read_meta(folder):
             raise ValueError(f"{outside[0]!r} is no name of a shard in this folder")
         if twice := [name for name, other in zip(sorted(names), sorted(names)[1:]) if name == other]:
             raise ValueError(f"it lists {twice[0]} twice")
-        for split, said in ((s, meta["splits"][s]) for s in ("train", "val")):
+        for split in ("train", "val"):
+            said = meta["splits"][split]
             if said["tokens"] != (held := sum(shard["tokens"] for shard in said["shards"])):
                 raise ValueError(f"{split} has {said['tokens']:,} tokens, and its shards {held:,}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

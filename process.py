@@ -32,8 +32,8 @@ class Process:
         if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
             raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in the environment and {missing[0]} is not: start several "
                              f"processes with torchrun, or one after `unset WORLD_SIZE`")
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.rank = self.rank if self.count > 1 else 0  # what another program left in the environment
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ["RANK"]) if self.count > 1 else 0  # alone, RANK is what another program left
         self.first, self.store = self.rank == 0, None
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if self.count > 1 else 0
         if self.count > 1:
@@ -129,7 +129,7 @@ class Process:
 
 def leave(status):
     """End this process. One of several ends at once, without taking the interpreter apart: a thread of torch.distributed's that still runs
-    then would end it with SIGABRT, which torchrun takes for a failure (seen in about one of a hundred runs)."""
+    then may end it with SIGABRT, which torchrun takes for a failure (seen twice, in some hundred runs; the cause is not proven)."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
     if "wandb" in sys.modules:

@@ -10,7 +10,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
+from conftest import PAPER_PLACEMENTS, ROOT, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
 from torch.nn import functional as F
 
 import model as model_file
@@ -61,7 +61,7 @@ def test_every_combination_trains_reloads_and_runs_on_every_route(keys, tmp_path
 def test_variants_start_as_the_baselines_function():
     """γ = 1 everywhere, so all but DNP, whose extra norm is another function, start alike; and all from the same matrices."""
     idx, baseline = tiny_batch()[0], tiny_gpt()
-    for keys in (k for k in COMBINATIONS if k["scale_placement"] in ("input", "after", "dual", "dual_norm")):  # a fork may add others
+    for keys in (k for k in COMBINATIONS if k["scale_placement"] in PAPER_PLACEMENTS):
         model = tiny_gpt(**keys)
         for name, W in baseline.named_parameters():
             if "scale" not in name:

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
+from conftest import PAPER_PLACEMENTS, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
 from torch.nn import functional as F
 
 from model import GPTConfig, MoE, Permute, load_balance_loss, router_z_loss
@@ -59,7 +59,7 @@ def with_gradients(function, layer, x):
 @pytest.mark.parametrize("execution", ["auto", "weights", "activations"])
 def test_routed_layer_equals_a_dense_reference(execution):
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    known = [keys for keys in VARIANTS if keys["scale_placement"] in ("input", "after", "dual", "dual_norm")]  # a fork may add others
+    known = [keys for keys in VARIANTS if keys["scale_placement"] in PAPER_PLACEMENTS]
     for keys in known[::7] + [UNIFIED]:
         layer = moe(d_shared_expert=40, scale_execution=execution, **keys)
         found = with_gradients(lambda x, layer=layer: layer(x)[0], layer, x)

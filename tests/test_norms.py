@@ -238,7 +238,7 @@ def test_scaled_linear_runs_each_branch_as_it_is_placed():
 
 
 def test_unknown_placement():
-    with pytest.raises(ValueError, match="placement 'duall' of a is unknown: choose one of input, after, dual, dual_norm, .*or None"):
+    with pytest.raises(ValueError, match=f"placement 'duall' of a is unknown: choose one of {', '.join(PLACEMENTS)}, or None"):
         ScaledLinear(6, {"a": (4,)}, {"a": "duall"})
 
 

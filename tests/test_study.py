@@ -484,7 +484,7 @@ def test_errors_are_one_line(arguments, says, capsys):
     ("scales['cpu']['models']['tiny']['rows'] = ('x',)", "names no row, or one that the study does not have"),
     ("scales['cpu']['models']['tiny']['rows'] = ()", "names no row"), ("scales['cpu']['rows'] = {'baseline': 1}", "'rows' must be"),
     ("rows = {'a, b': {}}", "without a comma"), ("rows = {1: {}}", "without a comma"), ("panels = [[]]", "panels must be"),
-    ("title = 1", "must be strings"),    ("scales['cpu']['tuning_seeds'] = 0", "tuning_seeds"),
+    ("title = 1", "must be strings"), ("scales['cpu']['tuning_seeds'] = 0", "tuning_seeds"),
     ("scales['cpu']['models']['tiny']['learning_rates'] = ('2e-3',)", "needs 'learning_rates'"),
     ("panels = 3", "panels must be"), ("comparisons = [1]", "comparisons must be"),
     ("comparisons = {('unified', 'baseline'): None}", "comparisons must be")])
