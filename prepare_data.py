@@ -5,7 +5,7 @@ Text to token shards.
   python prepare_data.py PATH... --encoding gpt2 --out data/x     .txt .md .py .jsonl .json .parquet files, .gz and .zst too,
                                                                   and folders of them
   python prepare_data.py --hf NAME --subset SUBSET --out data/x   a Hugging Face dataset, streamed
-  python -m tools.verify data/x                                   read a finished dataset and check all of it
+  python -m lib.verify data/x                                   read a finished dataset and check all of it
 
 A document is a text file, a line of a .jsonl or .json, or a row of a .parquet; <|endoftext|> follows each. A document belongs
 to the validation split if a hash of its text says so, so it stays there when data is added, and two copies of it never end
@@ -31,9 +31,9 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from data import ShardWriter, get_encoding, read_meta
-from disk import sync_folder, write_whole
-from documents import HubInput, Input, cut_for_both_splits, find_files, is_validation, text_suffix
+from lib.data import ShardWriter, get_encoding, read_meta
+from lib.disk import sync_folder, write_whole
+from lib.documents import HubInput, Input, cut_for_both_splits, find_files, is_validation, text_suffix
 
 CHUNK_CHARS = 2 ** 18  # what one thread tokenizes at a time
 AGAIN = "make room and give the same command again"

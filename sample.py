@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from data import get_encoding
+from lib.checkpoint import load_weights, newest_checkpoint
+from lib.data import get_encoding
 from model import GPT, GPTConfig
-from run import load_weights, newest_checkpoint
 
 
 def load_model(out_dir):

@@ -6,7 +6,7 @@ Pre-training, on one CPU, one GPU, or many under torchrun.
   torchrun --nproc_per_node=8 train.py configs/unified_350m.py
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py configs/unified_350m.py
 
-A config is a plain Python file of assignments to the keys of config.py and model.py's GPTConfig; --key=value overrides it, and a bare
+A config is a plain Python file of assignments to the keys of lib/config.py and model.py's GPTConfig; --key=value overrides it, and a bare
 --key means True.
 The global batch is batch_size x gradient_accumulation_steps sequences however many processes share it, and step s sees the
 same sequences on 1, 2 or 8. A step's number is the count of updates made before it.
@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import BUILTIN, describe_keys, flat, load_config, share_batch, tokens_per_step
-from data import Dataset, get_encoding, window_numbers
+from lib.checkpoint import Log, RunFolder, changed_keys, duration, load_checkpoint, load_weights, start_wandb
+from lib.config import BUILTIN, describe_keys, flat, load_config, share_batch, tokens_per_step
+from lib.data import Dataset, get_encoding, window_numbers
+from lib.process import Process, leave, rng_state, set_rng_state, stop_signals, to_device
 from model import GPT
 from norms import named_scale_vectors
 from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, param_groups, set_learning_rate
 from prepare_data import prepare_builtin
-from process import Process, leave, rng_state, set_rng_state, stop_signals, to_device
-from run import Log, RunFolder, changed_keys, duration, load_checkpoint, load_weights, start_wandb
 from sample import stream_text
 
 EXIT_STOPPED = 75  # exit status after SIGTERM or SIGINT, once the checkpoint is saved ("try again" in sysexits.h)
@@ -270,7 +270,7 @@ def finish(t, folder, log, result, encoding):
                    "tokens_per_s": tokens / max(seconds, 1e-9), "spikes": log.spikes})
     out, prompt = t.config.out_dir, t.config.sample_prompt
     log.say(f"done in {duration(seconds)}: {out}/ holds the last checkpoint, log.jsonl, config.json and summary.json; "
-            f"draw it with `python -m tools.report {out}`")
+            f"draw it with `python -m study.report {out}`")
     if encoding:
         log.say(f"\na sample, with the prompt {prompt!r}:\n" + "-" * 80)
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import get_encoding
+from lib.data import get_encoding
 from model import GPT, GPTConfig
 
 CUSTOM = "scale_vectors_gpt"  # ScaleVectorsConfig.model_type

@@ -1,7 +1,7 @@
 """A track for new ideas: your config, or --key=value, beside baseline and unified, on the same seeds and data.
 
-  python -m tools.study studies/track.py configs/mine.py --jobs=2
-  python -m tools.study studies/track.py --scale_reparam=exponential --scale_placement=dual
+  python -m study.run studies/track.py configs/mine.py --jobs=2
+  python -m study.run studies/track.py --scale_reparam=exponential --scale_placement=dual
 
 The config says what differs from the baseline; a row's learning rate is tuned on as many rates as the baseline's."""
 from studies.common import CPU, FIVE_SEEDS, GPU, NO_DECAY, UNIFIED

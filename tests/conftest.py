@@ -72,7 +72,7 @@ def dataset(texts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def needs_gpt2():
     """GPT-2's encoding. Tests that need it are skipped where its vocabulary can be had neither from TIKTOKEN_CACHE_DIR nor the network."""
-    from data import get_encoding
+    from lib.data import get_encoding
     try:
         return get_encoding("gpt2")
     except ValueError as error:
@@ -139,7 +139,7 @@ def losses(out):
 
 def same_runs(a, b):
     """Weights, optimizer and log of two runs, bit for bit, times aside."""
-    from run import newest_checkpoint
+    from lib.checkpoint import newest_checkpoint
     (_, state_a), (_, state_b) = newest_checkpoint(a), newest_checkpoint(b)
     assert state_a["step"] == state_b["step"] and state_a["data"] == state_b["data"]
     assert state_a["model"].keys() == state_b["model"].keys() and state_a["optimizer"].keys() == state_b["optimizer"].keys()

@@ -1,6 +1,6 @@
 """
-Proves that tools/bench.py races what it says: its yardstick is the baseline's function, its variants share matrices and optimizer
-state and train all the same, its table follows from its times; and that tools/gpu_check.sh runs to its end without a GPU.
+Proves that bench/benchmark.py races what it says: its yardstick is the baseline's function, its variants share matrices and optimizer
+state and train all the same, its table follows from its times; and that bench/gpu_check.sh runs to its end without a GPU.
 """
 import json
 import statistics
@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, tiny_batch, tiny_gpt
 
-from config import load_config
+from bench import benchmark as bench
+from bench import gpu_check
+from bench.plain import PlainGPT
+from lib.config import load_config
+from lib.process import Process
 from model import GPTConfig
-from process import Process
-from tools import bench, gpu_check
-from tools.plain import PlainGPT
 
 SHAPE = [f"--{key}={value}" for key, value in TINY.items()] + ["--batch_size=2", "--gradient_accumulation_steps=2", "--device=cpu"]
 CONFIG = str(ROOT / "configs" / "quickstart_baseline.py")
@@ -122,10 +123,10 @@ def test_checks_at_toy_shapes(check, monkeypatch):
 
 @pytest.mark.slow
 def test_gpu_check_runs_without_a_gpu():
-    done = subprocess.run(["bash", "tools/gpu_check.sh", "toy"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(["bash", "bench/gpu_check.sh", "toy"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     for part, checks in gpu_check.PARTS.items():
         found = json.loads((ROOT / "out" / "gpu_check" / f"gpu_{part}.json").read_text())
         assert all(isinstance(found[check.__name__], dict) for check in checks)
-    refused = subprocess.run(["bash", "tools/gpu_check.sh"], cwd=ROOT, capture_output=True, text=True)
+    refused = subprocess.run(["bash", "bench/gpu_check.sh"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode and "which part?" in refused.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, UNIFIED_CONFIG, refused, tiny_batch
 
-from config import FIELDS, TrainConfig, flat, load_config, meta_model, share_batch, tokens_per_step
+from lib.config import FIELDS, TrainConfig, flat, load_config, meta_model, share_batch, tokens_per_step
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizer, param_groups, set_learning_rate
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import run
 
-from data import MAGIC, Dataset, Shard, ShardWriter, Split, foreign_shards, get_encoding, permute, shard_header, window_numbers
+from lib.data import MAGIC, Dataset, Shard, ShardWriter, Split, foreign_shards, get_encoding, permute, shard_header, window_numbers
 
 
 def llmc_shard(path, tokens):
@@ -191,7 +191,7 @@ def test_a_shard_that_changes_during_a_run_is_one_line(tmp_path, change):
     program.write_text(f"""
 import os, sys
 sys.path.insert(0, os.getcwd())
-from data import Dataset
+from lib.data import Dataset
 dataset, path = Dataset({str(tmp_path)!r}, 64), {str(tmp_path / "x_train_0.bin")!r}
 dataset.train[[2000, 3]]
 content = open(path, "rb").read()

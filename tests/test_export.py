@@ -20,11 +20,11 @@ from hypothesis import strategies as st  # noqa: E402
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs the optional package transformers, 5 or later")
 pytest.importorskip("safetensors", reason="needs the optional package safetensors")
 
-import export  # noqa: E402
-from config import flat, load_config  # noqa: E402
-from data import get_encoding  # noqa: E402
+from hf import export  # noqa: E402
 from hf.from_hf import need, same_logits  # noqa: E402
-from run import save_checkpoint  # noqa: E402
+from lib.checkpoint import save_checkpoint  # noqa: E402
+from lib.config import flat, load_config  # noqa: E402
+from lib.data import get_encoding  # noqa: E402
 from sample import load_model  # noqa: E402
 
 MOE = dict(n_expert=4, n_expert_active=2, d_expert=24)
@@ -342,7 +342,7 @@ def test_from_training_to_evaluation_and_back(dataset, tmp_path):
     models = {}
     for name, keys in (("unified", [UNIFIED_CONFIG]), ("dual", ["--scale_placement=dual", "--scale_heterogeneous=True"])):
         trained(*keys, *start(tmp_path / name, dataset))
-        done = run_program("export.py", tmp_path / name, "--out", tmp_path / f"{name}_hf")
+        done = run_program("-m", "hf.export", tmp_path / name, "--out", tmp_path / f"{name}_hf")
         assert ("our own code" if name == "unified" else "a stock LlamaForCausalLM") in done.stdout
         models[name] = load_model(str(tmp_path / name))
         assert_same_logits(models[name][0], load(tmp_path / f"{name}_hf"))
@@ -358,7 +358,7 @@ def test_from_training_to_evaluation_and_back(dataset, tmp_path):
     assert results["sums"]["acc,none"] == accuracy
     assert results["sums_text"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, rel=1e-4)
 
-    done = run_program("export.py", "--from-hf", tmp_path / "dual_hf", "--out", tmp_path / "next", "--scale_placement=dual",
+    done = run_program("-m", "hf.export", "--from-hf", tmp_path / "dual_hf", "--out", tmp_path / "next", "--scale_placement=dual",
                        "--scale_reparam=original", *[a for a in start("x", dataset) if a.split("=")[0] not in ("--out_dir", "--init_std")])
     assert "an equal function" in done.stdout
     run_program("train.py", tmp_path / "next" / "start.py", "--resume")

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, UNIFIED_CONFIG, losses, read_log, refused, same_runs, start, trained
 from conftest import run as run_program
 
-from run import checkpoints, newest_checkpoint, step_of
+from lib.checkpoint import checkpoints, newest_checkpoint, step_of
 from train import EXIT_STOPPED
 
 MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24"]

@@ -12,9 +12,9 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import FIELDS, flat, load_config, read_config_file
-from data import Dataset, Shard
-from run import load_checkpoint, log_before
+from lib.checkpoint import load_checkpoint, log_before
+from lib.config import FIELDS, flat, load_config, read_config_file
+from lib.data import Dataset, Shard
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True,
                     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -23,10 +23,10 @@ import pytest
 from conftest import ROOT, run, write_texts
 
 import prepare_data
-from data import Dataset, get_encoding
-from documents import HubInput, Input, is_validation, read_documents
+from lib.data import Dataset, get_encoding
+from lib.documents import HubInput, Input, is_validation, read_documents
+from lib.verify import verify
 from prepare_data import find_files, foreign, main, prepare
-from tools.verify import verify
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs the optional package pyarrow")
 
@@ -361,7 +361,7 @@ def test_an_existing_dataset_is_replaced_only_when_asked(texts, tmp_path):
 
 
 def test_out_may_be_a_link_and_may_begin_with_a_tilde(texts, tmp_path, monkeypatch):
-    """The dataset is made where the link leads; ~ is the home folder, in PATH and --out, and for tools.verify."""
+    """The dataset is made where the link leads; ~ is the home folder, in PATH and --out, and for lib.verify."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "in").symlink_to(texts)

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, tiny_gpt
 
 import norms
-from config import FIELDS
-from export import stock_architecture
+from hf.export import stock_architecture
+from lib.config import FIELDS
 from norms import fold_scale_vectors
 
 TEXT = (ROOT / "README.md").read_text()

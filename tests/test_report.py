@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import run
 
-from tools.report import by_branch, by_matrix, finite, names_of, read_log, report, smooth, table
+from study.report import by_branch, by_matrix, finite, names_of, read_log, report, smooth, table
 
 image = pytest.importorskip("matplotlib.image", reason="needs the optional package matplotlib")
 
@@ -26,7 +26,7 @@ def write_run(folder, loss=1.5, names=("layers.0.attn.qkv.scale_in.q", "layers.1
 
 def test_report_as_a_program(tmp_path):
     runs = [write_run(tmp_path / "a" / "one"), write_run(tmp_path / "b" / "one", 1.25)]
-    said = run("-m", "tools.report", *runs, "--out", tmp_path / "r.png").stdout
+    said = run("-m", "study.report", *runs, "--out", tmp_path / "r.png").stdout
     assert "a/one" in said and "b/one" in said and "1.2500" in said and "1,234" in said
     height, width, _ = image.imread(tmp_path / "r.png").shape
     assert width <= 1000 and height > 300
@@ -87,7 +87,7 @@ def test_a_half_written_last_line_is_passed_over(tmp_path):
 
 
 def test_errors(tmp_path):
-    done = run("-m", "tools.report", tmp_path, check=False)
+    done = run("-m", "study.report", tmp_path, check=False)
     assert done.returncode == 1 and "is no run folder of train.py" in done.stderr and len(done.stderr.splitlines()) == 1
     (tmp_path / "log.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1: not a log record"):

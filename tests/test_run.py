@@ -18,9 +18,8 @@ import pytest
 import torch
 from conftest import ROOT, UNIFIED_CONFIG, losses, read_log, refused, same_runs, start, train, trained
 
-import run
-from model import GPT, GPTConfig
-from run import (
+from lib import checkpoint as run
+from lib.checkpoint import (
     FORMAT,
     SPIKE_WINDOW,
     checkpoints,
@@ -32,6 +31,7 @@ from run import (
     save_checkpoint,
     to_json,
 )
+from model import GPT, GPTConfig
 
 STATE = {"model": {"w": torch.arange(5000.0)}, "optimizer": {"w": {"step": torch.tensor(1.0)}}, "config": {"n_layer": 1},
          "tokenizer": "bytes", "data": {"sequences": 8, "train_tokens": 99}, "rng": [], "seconds": 1.5}
@@ -353,8 +353,8 @@ CONSTANT = ["--schedule=wsd", "--decay_share=0", "--warmup_iters=0", "--eval_int
 @pytest.mark.parametrize("kind", [["--optimizer=adamw"], ["--optimizer=muon"]], ids=["adamw", "muon"])
 def test_changed_hyperparameters_are_in_force(dataset, tmp_path, kind):
     """Resumed with other values, the steps are those of an optimizer that is built here with these values and given the moments."""
-    from config import load_config
-    from data import Dataset, window_numbers
+    from lib.config import load_config
+    from lib.data import Dataset, window_numbers
     from optim import load_optimizer_state, make_optimizer, param_groups, set_learning_rate
     common = [UNIFIED_CONFIG, *start(tmp_path, dataset, *CONSTANT, *kind)]
     trained(*common, "--max_iters=3")

@@ -9,8 +9,8 @@ import torch
 from conftest import run
 
 import sample
-from data import get_encoding
-from run import newest_checkpoint
+from lib.checkpoint import newest_checkpoint
+from lib.data import get_encoding
 from sample import load_model, stream_text
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from config import load_config
-from tools import evidence
-from tools.evidence import best_rate, bootstrap, compute_multiplier, fill, paired, power_law, quote, summarize, table, verdict
-from tools.results import curves
-from tools.runs import Pool, RunFolders, code, gpu_for, settings_of
-from tools.study import load_study, losses_of, main, only, plan, write_docs, yours
+from lib.config import load_config
+from study import evidence
+from study.evidence import best_rate, bootstrap, compute_multiplier, fill, paired, power_law, quote, summarize, table, verdict
+from study.results import curves
+from study.run import load_study, losses_of, main, only, plan, write_docs, yours
+from study.runs import Pool, RunFolders, code, gpu_for, settings_of
 
 STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
 RESULTS = sorted((ROOT / "results").glob("*_*.json"))
@@ -148,7 +148,7 @@ def test_one_row_of_a_study_can_be_evaluated(name, row, tmp_path):
     assert main([str(ROOT / "studies" / f"{name}.py"), f"--rows={row}", *places, "--evaluate"]) == 0
     results = json.loads((tmp_path / "results" / f"{name}_cpu.json").read_text())
     assert row in results["rows"] and results["fit"] is None
-    assert results["command"] == f"python -m tools.study studies/{name}.py --scale=cpu {shlex.quote(f'--rows={row}')}"
+    assert results["command"] == f"python -m study.run studies/{name}.py --scale=cpu {shlex.quote(f'--rows={row}')}"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
@@ -262,7 +262,7 @@ def test_curves_pass_over_lines_that_are_no_record(tmp_path):
 # running, in processes of their own
 
 def study_command(*args):
-    return [sys.executable, "-m", "tools.study", *map(str, args)]
+    return [sys.executable, "-m", "study.run", *map(str, args)]
 
 
 def spawn(command, cwd):
@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_counts_as_diverged(tmp_path, capsys):
     wild = RunFolders(tmp_path / "runs").find("wild", "configs/study_cpu.py", {"init_std": 9.0, "learning_rate": 0.004, "seed": 1})
     assert Pool.outcome(wild, 0) == ("done", "validation loss not finite")
     pytest.importorskip("matplotlib", reason="the picture needs the optional package matplotlib")
-    from tools.pictures import curves_of
+    from study.pictures import curves_of
     assert curves_of({"runs": [a, b]}, "m", "baseline", 0.004) == {1: {8: 1.5}}
 
 
@@ -351,7 +351,7 @@ def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
         pool.children[children[0]] = (None, 0, 0.0)
         raise ValueError("no space")
 
-    monkeypatch.setattr("tools.study.execute", fail)
+    monkeypatch.setattr("study.run.execute", fail)
     try:
         assert main([str(ROOT / "studies" / "smoke.py"), f"--out={tmp_path}"]) == 1
         assert children[0].poll() is not None and "error: no space" in capsys.readouterr().err
@@ -541,7 +541,7 @@ def close(a, b):
 def test_docs_and_readme_hold_the_results_numbers():
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
-        assert fill(text) == text, f"{path.name}: run `python -m tools.study --docs`"
+        assert fill(text) == text, f"{path.name}: run `python -m study.run --docs`"
 
 
 def test_fill_writes_numbers_between_markers(tmp_path):
@@ -579,7 +579,7 @@ def test_damaged_results_are_one_line(text, tmp_path):
 def test_pictures_do_not_compare_what_cannot_be(tmp_path):
     """A row that trains for longer is not drawn; of one with a diverged run the legend says so, and no interval stands beside it."""
     pytest.importorskip("matplotlib", reason="pictures need the optional package matplotlib")
-    from tools.pictures import learning_rates, relative_loss
+    from study.pictures import learning_rates, relative_loss
     curves = {"a": [[10, 2.0], [20, 1.0]], "longer": [[10, 2.0], [20, 1.0], [30, 0.5]], "b": [[10, 2.1], [20, 1.1]]}
     runs = [{"model": "m", "row": row, "learning_rate": 0.1, "seed": seed, "state": "done", "val_loss": curve[-1][1], "curve": curve}
             for row, curve in curves.items() for seed in (1, 2)]
@@ -596,7 +596,7 @@ def test_pictures_do_not_compare_what_cannot_be(tmp_path):
 def test_without_scipy_or_matplotlib_the_runs_still_count(tmp_path):
     """A Python where neither can be imported: results are written, and one line each says what is missing."""
     write_run(tmp_path / "runs" / "one", ["configs/study_cpu.py", "--seed=1", "--learning_rate=0.004"], 1.25)
-    blocked = ("import sys; sys.modules['scipy'] = sys.modules['matplotlib'] = None; from tools.study import main; "
+    blocked = ("import sys; sys.modules['scipy'] = sys.modules['matplotlib'] = None; from study.run import main; "
                "sys.exit(main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", blocked, str(ROOT / "studies" / "figure_1_necessity.py"), f"--out={tmp_path}/runs",
                            f"--results={tmp_path}/results", "--evaluate"], cwd=ROOT, capture_output=True, text=True)

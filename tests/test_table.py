@@ -3,15 +3,15 @@ where the paper's title says: negligible."""
 import pytest
 from conftest import ROOT
 
-from config import load_config, meta_model, tokens_per_step
-from tools.table import SIZES, table
+from bench.table import SIZES, table
+from lib.config import load_config, meta_model, tokens_per_step
 
 PAPER = {"120m": 0.12, "250m": 0.25, "500m": 0.48, "750m": 0.75, "1b": 1.03, "moe_250m": 0.25, "moe_500m": 0.48, "moe_800m": 0.8,
          "moe_1b": 1.06, "moe_2b": 2.00}  # billions, as the paper rounds them
 
 
 def test_docs_have_the_table():
-    assert table() in (ROOT / "docs" / "studies.md").read_text(), "run `python -m tools.table` and paste it into docs/studies.md"
+    assert table() in (ROOT / "docs" / "studies.md").read_text(), "run `python -m bench.table` and paste it into docs/studies.md"
 
 
 @pytest.mark.parametrize("size", SIZES)

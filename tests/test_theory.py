@@ -1,5 +1,6 @@
 """
-Proves theory.py in float64. Every formula that holds at a point: against autograd at random points of a random curved loss, and on the
+Proves theory/theorems.py in float64.
+Every formula that holds at a point: against autograd at random points of a random curved loss, and on the
 real GPT. Every theorem: along integrated gradient flows of many random teachers at once, with the conditions it needs, and a
 counterexample where they are not met. The stochastic theorem: by simulation, against the exact identities of its proof.
 """
@@ -10,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, randomize_scales, tiny_batch, tiny_gpt
 
-import theory
 from norms import exponential_reparam, fold_scale_vectors, original_reparam, scale_weight
-from theory import STUDENTS
-from tools import theory_figures
+from theory import figures as theory_figures
+from theory import theorems as theory
+from theory.theorems import STUDENTS
 
 SHAPES = [(seed, 1 + seed % 5, 1 + (3 * seed) % 7) for seed in range(20)]
 

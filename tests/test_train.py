@@ -13,14 +13,14 @@ from conftest import COMPILER, ROOT, UNIFIED_CONFIG, losses, read_log, refused, 
 from conftest import run as run_program
 
 import train as program
-from config import flat, load_config, meta_model
-from data import Dataset, window_numbers
+from lib.checkpoint import checkpoints, newest_checkpoint
+from lib.config import flat, load_config, meta_model
+from lib.data import Dataset, window_numbers
+from lib.process import Process
+from lib.verify import verify
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
 from optim import cosine
-from process import Process
-from run import checkpoints, newest_checkpoint
-from tools.verify import verify
 from train import EVAL_WINDOWS, EXIT_STOPPED, evaluate, training_step
 
 MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
@@ -46,7 +46,7 @@ def test_run_folder(undisturbed, dataset):
     assert summary["params"] == meta_model(config).num_params() and summary["spikes"] == 0
     assert summary["scale_params"] == meta_model(config).num_params("scale_vectors")
     assert {p.name for p in out.iterdir()} == {"ckpt_0000008.pt", "ckpt_0000012.pt", "config.json", "lock", "log.jsonl", "summary.json"}
-    assert "step     11/12" in said and "nats/token" in said and "a sample" in said and f"python -m tools.report {out}" in said
+    assert "step     11/12" in said and "nats/token" in said and "a sample" in said and f"python -m study.report {out}" in said
 
 
 @pytest.mark.parametrize("kind", [[], MIXTURE], ids=["dense", "mixture"])

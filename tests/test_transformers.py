@@ -12,9 +12,9 @@ from conftest import UNIFIED, read_log, tiny_batch, trained
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs the optional package transformers, 5 or later")
 pytest.importorskip("safetensors", reason="needs the optional package safetensors")
 
-import export  # noqa: E402
-from data import Dataset, get_encoding  # noqa: E402
+from hf import export  # noqa: E402
 from hf.from_hf import read_model, same_logits  # noqa: E402
+from lib.data import Dataset, get_encoding  # noqa: E402
 from norms import named_scale_vectors  # noqa: E402
 
 SHAPE = dict(vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

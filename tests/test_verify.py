@@ -1,5 +1,5 @@
 """
-Proves that tools.verify sees what is wrong with a dataset: damage, ids beyond the vocabulary, documents in both splits.
+Proves that lib.verify sees what is wrong with a dataset: damage, ids beyond the vocabulary, documents in both splits.
 """
 import hashlib
 import json
@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-import tools.verify
-from data import Dataset
-from tools.verify import document_digests, main, verify
+import lib.verify
+from lib.data import Dataset
+from lib.verify import document_digests, main, verify
 
 
 def test_verify(dataset, tmp_path, capsys):
@@ -23,7 +23,7 @@ def test_verify(dataset, tmp_path, capsys):
 def test_ctrl_c_is_one_line(dataset, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(tools.verify, "document_digests", stop)
+    monkeypatch.setattr(lib.verify, "document_digests", stop)
     with pytest.raises(SystemExit) as end:
         main([str(dataset)])
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"

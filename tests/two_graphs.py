@@ -11,9 +11,9 @@ import torch.distributed as dist
 from conftest import UNIFIED, tiny_batch, tiny_gpt
 from test_graphs import MIXTURE, PARTS, compiled, counted
 
-from config import load_config
+from lib.config import load_config
+from lib.process import Process
 from optim import make_optimizer, param_groups
-from process import Process
 from train import training_step
 
 

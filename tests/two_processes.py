@@ -13,8 +13,8 @@ import torch.distributed as dist
 from conftest import train
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import data
 import train as program
+from lib import data
 
 training_step = program.training_step
 seen = {"meetings": [], "moved": [], "left": 0.0, "warnings": 0}

@@ -1,12 +1,12 @@
 """
 Speed, as ratios from interleaved runs on one machine: median, and the range over the rounds.
 
-  python -m tools.bench train configs/baseline_120m.py --gradient_accumulation_steps=4 --out results/bench.json
+  python -m bench.benchmark train configs/baseline_120m.py --gradient_accumulation_steps=4 --out results/bench.json
                                     training steps on random tokens: every variant of each config's shape, and a plain model
                                     of nn.Linear and nn.RMSNorm as the yardstick. --key=value is given to every config
-  python -m tools.bench tokenize    prepare_data.py, from file to finished shards, against tiktoken's own batch call on texts that
+  python -m bench.benchmark tokenize    prepare_data.py, from file to finished shards, against tiktoken's own batch call on texts that
                                     are in memory already; same text, same threads. Then the peak memory of a longer run
-  python -m tools.bench loader      fetching a batch against a training step at the 120m shape (one sequence a step on a CPU)
+  python -m bench.benchmark loader      fetching a batch against a training step at the 120m shape (one sequence a step on a CPU)
 """
 import argparse
 import contextlib
@@ -26,14 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import load_config
-from data import Split, get_encoding, shard_header, window_numbers
-from disk import write_whole
+from bench.plain import PlainGPT
+from lib.config import load_config
+from lib.data import Split, get_encoding, shard_header, window_numbers
+from lib.disk import write_whole
+from lib.process import Process, to_device
 from model import GPT
 from optim import make_optimizer, param_groups
 from prepare_data import find_files, prepare
-from process import Process, to_device
-from tools.plain import PlainGPT
 from train import training_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,7 +205,7 @@ def train(argv, names, rounds, out):
     """Race the variants at each config's shape; print tables, write JSON to `out` after each."""
     configs, keys = [a for a in argv if not a.startswith("--")], [a for a in argv if a.startswith("--")]
     if not configs:
-        raise ValueError("which shape? Name one or more configs: python -m tools.bench train configs/quickstart_baseline.py")
+        raise ValueError("which shape? Name one or more configs: python -m bench.benchmark train configs/quickstart_baseline.py")
     if unknown := [name for name in names if name not in VARIANTS]:
         raise ValueError(f"--variants names {unknown[0]!r}: choose among {','.join(VARIANTS)}")
     def say(line):

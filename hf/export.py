@@ -1,8 +1,8 @@
 """
 A trained model for everyone's tools, and a model of theirs for training here.
 
-  python export.py out/quickstart --out exported                     run -> Hugging Face folder
-  python export.py --from-hf FOLDER --out out/x configs/unified_120m.py --dataset=data/x   Hugging Face folder -> run, at step 0
+  python -m hf.export out/quickstart --out exported                     run -> Hugging Face folder
+  python -m hf.export --from-hf FOLDER --out out/x configs/unified_120m.py --dataset=data/x   Hugging Face folder -> run, at step 0
 
 Scale vectors that a weight can take over are folded away. If nothing of ours is left, the folder is a stock Llama, Qwen3 or Mixtral;
 else it holds our own norms.py and model.py beside the weights, for trust_remote_code=True. The logits are the same either way.
@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-from config import check_type, flat, known_key, load_config, parse_value, read_config_file
-from data import Dataset, get_encoding
 from hf.from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
+from lib.checkpoint import save_checkpoint
+from lib.config import check_type, flat, known_key, load_config, parse_value, read_config_file
+from lib.data import Dataset, get_encoding
 from norms import PLACEMENTS, fold_scale_vectors
-from run import save_checkpoint
 from sample import load_model
 
 CODE = ("hf/modeling_scale_vectors.py", "model.py", "norms.py")
@@ -140,7 +140,7 @@ def transformers_model(model, ids):
 
 def write_code(folder):
     """Our own code beside the weights. transformers wants files of one folder to import each other relatively."""
-    for path in (Path(__file__).parent / name for name in CODE):
+    for path in (Path(__file__).resolve().parent.parent / name for name in CODE):
         text = path.read_text()
         (folder / path.name).write_text(re.sub(r"^from (norms|model) import", r"from .\1 import", text, flags=re.MULTILINE))
 
@@ -364,7 +364,7 @@ def main(argv):
         if args.from_hf:
             print(import_run(args.from_hf, args.out, ([args.run] if args.run else []) + rest))
         elif rest or not args.run:
-            raise ValueError(f"{f'{rest[0]} is unknown' if rest else 'which run?'}: python export.py out/run --out exported")
+            raise ValueError(f"{f'{rest[0]} is unknown' if rest else 'which run?'}: python -m hf.export out/run --out exported")
         else:
             print(export_run(args.run, args.out, args.max_shard_size))
     except (ValueError, OSError, RuntimeError) as error:  # the last is torch's

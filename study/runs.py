@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from config import FIELDS, flat, load_config
-from disk import write_whole
+from lib.config import FIELDS, flat, load_config
+from lib.disk import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # keys that change what a run says, not what it finds; tokens_per_param is in max_iters
 NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
                 "sample_prompt", "wandb_project", "dist_timeout", "tokens_per_param"}
-CODE = ("norms", "model", "optim", "train", "data")
+CODE = ("norms.py", "model.py", "optim.py", "train.py", "lib/data.py")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 
@@ -41,8 +41,7 @@ def settings_of(config):
 
 def code():
     """A hash of the files that decide what a run finds: a run made before they changed may not be what they would give now."""
-    files = sorted(path for path in ROOT.glob("*.py") if path.stem in CODE)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in CODE)).hexdigest()[:12]
 
 
 def device_name():

@@ -28,8 +28,8 @@ import filelock
 import numpy as np
 import torch
 
-from config import flat, tokens_per_step
-from disk import sync_folder, write_whole
+from lib.config import flat, tokens_per_step
+from lib.disk import sync_folder, write_whole
 from norms import named_scale_vectors
 
 FORMAT = 3

@@ -1,8 +1,8 @@
 """
 Draw runs: loss curves, how each scale vector moved, branch by branch, and the norms of the matrices.
 
-  python -m tools.report out/quickstart_baseline out/quickstart              writes the last run's report.png, prints a table
-  python -m tools.report out/quickstart --out figures/quickstart.png
+  python -m study.report out/quickstart_baseline out/quickstart              writes the last run's report.png, prints a table
+  python -m study.report out/quickstart --out figures/quickstart.png
 
 Reads log.jsonl and summary.json of each run folder and nothing else. A last line that is half written, as a killed run leaves it, is
 passed over. Runs whose folders have one name are told apart by the folders above them.
@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from disk import write_whole
+from lib.disk import write_whole
 
 COLUMNS, PIXELS, DPI = 4, 1000, 100
 NEEDED = {"train": ("step", "loss"), "eval": ("step", "val_loss"), "scale": ("step", "name", "mean", "std"),
@@ -199,7 +199,7 @@ def table(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m study.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--out", help="the picture to write (default: report.png in the last run's folder)")

@@ -1,5 +1,5 @@
 """
-The yardstick of tools/bench.py: the baseline's function as one writes it without this project, in nn.Linear, nn.RMSNorm and
+The yardstick of bench/benchmark.py: the baseline's function as one writes it without this project, in nn.Linear, nn.RMSNorm and
 scaled_dot_product_attention, q, k, v in one matrix and gate, up in another. Float32 weights are cast where they are used.
 """
 import torch

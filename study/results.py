@@ -11,11 +11,11 @@ import math
 import platform
 import re
 
-from config import load_config, meta_model, tokens_per_step
-from disk import write_whole
-from tools import evidence
-from tools.evidence import fit_scaling, judge, summarize, table, tuning_seeds
-from tools.runs import ROOT
+from lib.config import load_config, meta_model, tokens_per_step
+from lib.disk import write_whole
+from study import evidence
+from study.evidence import fit_scaling, judge, summarize, table, tuning_seeds
+from study.runs import ROOT
 
 
 def collect(study, scale, scale_name, losses, runs, command):
@@ -110,7 +110,7 @@ def write_results(results, path):
     if results["missing"]:
         print(f"{results['missing']} runs or more are missing: the same command runs them")
     try:
-        from tools.pictures import draw
+        from study.pictures import draw
         draw(results, path.with_suffix(".png"))
         print(f"wrote {path} and {path.with_suffix('.png').name}")
     except ImportError:

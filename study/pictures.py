@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from disk import write_whole  # noqa: E402
-from tools.evidence import paired, paper_value  # noqa: E402
+from lib.disk import write_whole  # noqa: E402
+from study.evidence import paired, paper_value  # noqa: E402
 
 DPI, WIDTH = 100, 10  # 1000 pixels
 

@@ -1,5 +1,5 @@
 """
-The parts of tools/gpu_check.sh: measurements that want a GPU, written so that a CPU can run them at toy shapes.
+The parts of bench/gpu_check.sh: measurements that want a GPU, written so that a CPU can run them at toy shapes.
 
 Each check is a function of (process, toy) -> a dict of numbers; a check that fails leaves its error in the file instead, and the
 others run. Differences are ‖found - expected‖ / ‖expected‖.
@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from config import BUILTIN, load_config
-from data import Dataset
-from disk import write_whole
+from bench.benchmark import VARIANTS, Contestant, graphs, race, table, timed, versions
+from lib.config import BUILTIN, load_config
+from lib.data import Dataset
+from lib.disk import write_whole
+from lib.process import Process, to_device
 from model import GPT, GPTConfig, MoE
 from norms import named_scale_vectors
 from optim import make_optimizer, param_groups
 from prepare_data import prepare_builtin
-from process import Process, to_device
-from tools.bench import VARIANTS, Contestant, graphs, race, table, timed, versions
 from train import evaluate
 from train import main as train
 
@@ -168,7 +168,7 @@ def partial_evaluation(process, toy):
 # B and C: is it fast?
 
 def races(process, toy, entries):
-    """tools/bench.py's race for [(label, config and keys, variants)]."""
+    """bench/benchmark.py's race for [(label, config and keys, variants)]."""
     found = {}
     for label, argv, names in entries:
         config = load_config([*argv, *(TOY if toy else []), "--gradient_accumulation_steps=2"])

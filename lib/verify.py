@@ -1,7 +1,7 @@
 """
 Check a finished dataset, all of it.
 
-  python -m tools.verify data/x
+  python -m lib.verify data/x
 
 Sizes, checksums and token ids, and that no validation document is in the training split, too.
 """
@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from data import GPT2_VOCABULARY, Dataset, get_encoding
+from lib.data import GPT2_VOCABULARY, Dataset, get_encoding
 
 
 def document_digests(split, end):

@@ -1,10 +1,10 @@
 """
 Remake a result of the paper, or try an idea beside it: run what is missing, then table, figure and one JSON.
 
-  python -m tools.study studies/figure_5_step_by_step.py --scale=cpu --jobs=2
-  python -m tools.study studies/figure_5_step_by_step.py --scale=cpu --print       the plain train.py line of each run
-  python -m tools.study studies/track.py configs/mine.py --scale_lr=3              your idea beside baseline and unified
-  python -m tools.study --docs                                                     write the results' numbers into docs and README
+  python -m study.run studies/figure_5_step_by_step.py --scale=cpu --jobs=2
+  python -m study.run studies/figure_5_step_by_step.py --scale=cpu --print       the plain train.py line of each run
+  python -m study.run studies/track.py configs/mine.py --scale_lr=3              your idea beside baseline and unified
+  python -m study.run --docs                                                     write the results' numbers into docs and README
 
 A study is a plain file of data: see studies/common.py. Its runs are train.py's, one folder each under out/studies/<scale>, shared by all
 studies. What is finished stays; what was interrupted is resumed; Ctrl-C ends the runs after they have saved. Results are written to
@@ -26,13 +26,13 @@ import sys
 import time
 from pathlib import Path
 
-from config import BUILTIN, known_key, load_config, parse_value, read_config_file
-from disk import write_whole
+from lib.config import BUILTIN, known_key, load_config, parse_value, read_config_file
+from lib.disk import write_whole
 from prepare_data import prepare_builtin
-from tools import evidence
-from tools.evidence import best_rate, fill, rows_of, tuning_seeds
-from tools.results import collect, has_intervals, runs_in, worth, write_results
-from tools.runs import ROOT, Pool, RunFolders, code
+from study import evidence
+from study.evidence import best_rate, fill, rows_of, tuning_seeds
+from study.results import collect, has_intervals, runs_in, worth, write_results
+from study.runs import ROOT, Pool, RunFolders, code
 
 NAMES = ("title", "question", "rows", "comparisons", "scales", "panels", "picture", "rule", "yours", "matrices", "measured_by")
 PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms")
@@ -257,7 +257,7 @@ def whole_numbers(text):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m tools.study", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m study.run", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="STUDY", help="a study file; after studies/track.py, your config")
     parser.add_argument("--scale", default="cpu", help="cpu, gpu or paper (default: cpu)")
@@ -344,7 +344,7 @@ def command_of(args):
     seeds = [f"--seeds={','.join(map(str, args.seeds))}"] if args.seeds else []
     protocol = [f"--protocol={args.protocol}"] if args.protocol != "both" else []
     files = [str(Path(f).relative_to(ROOT)) if Path(f).is_relative_to(ROOT) else f for f in args.files]
-    return shlex.join(["python", "-m", "tools.study", *files, f"--scale={args.scale}", *args.keys, *rows, *seeds, *protocol])
+    return shlex.join(["python", "-m", "study.run", *files, f"--scale={args.scale}", *args.keys, *rows, *seeds, *protocol])
 
 
 def run_study(path, args, extra):
@@ -371,8 +371,8 @@ def run_study(path, args, extra):
         path = folders.out / (path.name if folders.out != path.parent.absolute() else f"part_of_{path.name}")
     write_results(results, path)
     if set(results["code"]) - {code()}:
-        print("some of these runs were made before norms.py, model.py, optim.py, train.py or data.py changed; a finished run is never made "
-              f"again: if the change matters, move their folders out of {folders.out}")
+        print("some of these runs were made before norms.py, model.py, optim.py, train.py or lib/data.py changed; a finished run is never "
+              f"made again: if the change matters, move their folders out of {folders.out}")
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return not failed

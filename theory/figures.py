@@ -1,7 +1,7 @@
 """
-Draws what theory.py states, on small problems integrated numerically, half a minute on one CPU core.
+Draws what theory/theorems.py states, on small problems integrated numerically, half a minute on one CPU core.
 
-  python -m tools.theory_figures          writes figures/theory_*.png; another folder can be named after it
+  python -m theory.figures          writes figures/theory_*.png; another folder can be named after it
 
 docs/theory.md says what each figure shows. The same command draws the same files: every random number has a seed.
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-import theory
 from norms import exponential_reparam, original_reparam
-from theory import STUDENTS, gradient_flow, start, teacher_loss
+from theory import theorems as theory
+from theory.theorems import STUDENTS, gradient_flow, start, teacher_loss
 
 GREY, BLUE, ORANGE, GREEN, RED = "#777777", "#1f77b4", "#e6750a", "#2a9d4a", "#c22f2f"
 COLORS = {"none": GREY, "standard": BLUE, "dual": ORANGE, "original": ORANGE}

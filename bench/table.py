@@ -1,7 +1,7 @@
 """
 The table of model sizes in docs/studies.md, as Markdown: tables 4 and 5 of the paper, counted.
 
-  python -m tools.table
+  python -m bench.table
 
 Counts come from the model itself, on the meta device. Tokens are max_iters global batches. FLOPs are GPT.flops_per_token times tokens.
 Memory is for one GPU under AdamW, and an estimate (our formula, not a measurement): 16 bytes a parameter (float32 weight, gradient and two
@@ -10,7 +10,7 @@ layer, 4 for each logit (the head's bfloat16 product and its gradient), and 4 mo
 """
 from pathlib import Path
 
-from config import load_config, meta_model, tokens_per_step
+from lib.config import load_config, meta_model, tokens_per_step
 from model import CHUNK_ELEMENTS
 
 ROOT = Path(__file__).resolve().parent.parent

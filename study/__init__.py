@@ -1,0 +1,1 @@
+"""The machinery of studies/: runs, results, pictures, reports."""
