@@ -11,55 +11,52 @@ import math
 
 import torch
 
-from norms import ScaleVector
+from norms import SCALE_DECAY_POLICIES, weight_decay_groups
 
-# policy -> is this scale vector decayed? (scale_weight_decay)
-SCALE_DECAY_POLICIES = {
-    "all": lambda scale: True,  # what Gemma's baseline is said to do (figure 3), and our reading of every row without IWD
-    "none": lambda scale: False,
-    "input_norm": lambda scale: scale.input_norm,  # IWD (section 2.2): decay Input-Norms, not Output-Norms
-    "output_norm": lambda scale: not scale.input_norm,  # the converse (figure 3)
-    "absorbable": lambda scale: scale.absorbable,  # ours: decay what a neighbouring matrix could take over
-}
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
 
 
-def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings=True, scale_lr=1.0):
-    """torch.optim parameter groups of (name, parameter) pairs, each with a `name`, its `weight_decay` and `lr_scale`; empty groups
-    are left out.
+def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings=True,
+                 scale_lr=1.0):
+    """torch.optim parameter groups of (name, parameter) pairs, each with a `name`, its
+    `weight_decay` and `lr_scale`. Empty groups are left out.
 
     hidden         the matrices of every layer, routers and stacks of experts included: decayed
-    head           the output matrix (with a tied head it is the embedding): decayed
+    head           the output matrix (a tied head is the embedding): decayed
     embedding      the look-up table: decayed if decay_embeddings
-    scale_decayed  scale vectors that the policy decays. Of OR and ER both β and α are (the paper does not say). Decay on OR's α only
-                   changes how fast its direction turns, Norm(cα) = Norm(α); decay on β shrinks the magnitude
+    others         parameters of one dimension or none that are no scale vectors: not decayed
+    scale_decayed  scale vectors that the policy decays. Decay on OR's α changes only how fast its
+                   direction turns, Norm(cα) = Norm(α); decay on β shrinks the length
     scale          the other scale vectors: not decayed
 
-    scale_weight_decay: "all", "none", "input_norm" (IWD), "output_norm", "absorbable". scale_lr multiplies the learning rate of
-    scale vectors (ours). Raises ValueError on another policy, and on a parameter that fits no group.
+    scale_weight_decay: a name in norms.SCALE_DECAY_POLICIES. scale_lr multiplies the learning
+    rate of scale vectors (ours). Raises ValueError on another policy, and on a matrix that fits
+    no group.
     """
     if scale_weight_decay not in SCALE_DECAY_POLICIES:
-        raise ValueError(f"scale_weight_decay={scale_weight_decay!r} is unknown: "
-                         f"choose one of {', '.join(SCALE_DECAY_POLICIES)}")
-    scales = {p: module for module in model.modules() if isinstance(module, ScaleVector) for p in module.parameters()}
-    groups = {name: [] for name in ("hidden", "head", "embedding", "scale_decayed", "scale")}
-    for name, p in model.named_parameters():
-        if p in scales:
-            decayed = SCALE_DECAY_POLICIES[scale_weight_decay](scales[p])
-            groups["scale_decayed" if decayed else "scale"].append((name, p))
-        elif p is model.embedding.weight:
-            groups["embedding"].append((name, p))
-        elif name.startswith("head.") and p.ndim == 2:
-            groups["head"].append((name, p))
-        elif name.startswith("layers.") and p.ndim >= 2:
-            groups["hidden"].append((name, p))
+        raise ValueError(f"scale_weight_decay={scale_weight_decay!r} is unknown: choose one of "
+                         f"{', '.join(SCALE_DECAY_POLICIES)}")
+    by_decay = weight_decay_groups(model, weight_decay, scale_weight_decay)
+    groups = {group["name"]: group for group in by_decay}
+    matrices = {name: [] for name in ("hidden", "head", "embedding")}
+    for name, p in groups.pop("matrices")["params"]:
+        if p is model.embedding.weight:
+            matrices["embedding"].append((name, p))
+        elif name == "head.weight":
+            matrices["head"].append((name, p))
+        elif name.startswith("layers."):
+            matrices["hidden"].append((name, p))
         else:
-            raise ValueError(f"parameter {name} of shape {tuple(p.shape)} fits no group: give it one in param_groups")
-    decay = {"embedding": weight_decay if decay_embeddings else 0.0, "scale": 0.0}
-    return [{"name": name, "params": params, "weight_decay": decay.get(name, weight_decay),
-             "lr_scale": scale_lr if name.startswith("scale") else 1.0} for name, params in groups.items() if params]
+            raise ValueError(f"parameter {name} of shape {tuple(p.shape)} fits no group: give it "
+                             f"one in optim.param_groups")
+
+    decay = {"embedding": weight_decay if decay_embeddings else 0.0}
+    named = [{"name": name, "params": params, "weight_decay": decay.get(name, weight_decay)}
+             for name, params in matrices.items() if params]
+    return [{**group, "lr_scale": scale_lr if group["name"].startswith("scale") else 1.0}
+            for group in (*named, *groups.values())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from lib.checkpoint import Log, RunFolder, changed_keys, duration, load_checkpoint, load_weights, start_wandb
 from lib.config import BUILTIN, describe_keys, flat, load_config, share_batch, tokens_per_step
 from lib.data import Dataset, get_encoding, window_numbers
-from lib.process import Process, leave, rng_state, set_rng_state, stop_signals, to_device
+from lib.process import Process, compile_model, leave, rng_state, set_rng_state, stop_signals, to_device
 from model import GPT
 from norms import named_scale_vectors
 from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, param_groups, set_learning_rate
@@ -146,7 +146,7 @@ class Training:
     def start(self):
         """Make what runs: compiled parts, gradients that meet, the first batch."""
         if self.process.compile:
-            self.model.compile_parts()
+            compile_model(self.model)
         self.parallel = self.process.parallel(self.model)
         self.batches = Batches(self.dataset.train, self.config, self.process, self.first_sequence)
 

@@ -30,7 +30,7 @@ from bench.plain import PlainGPT
 from lib.config import load_config
 from lib.data import Split, get_encoding, shard_header, window_numbers
 from lib.disk import write_whole
-from lib.process import Process, to_device
+from lib.process import Process, compile_model, to_device
 from model import GPT
 from optim import make_optimizer, param_groups
 from prepare_data import find_files, prepare
@@ -40,8 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {"plain": None,  # PlainGPT
             "none": {"scale_vectors": False},
             "baseline": {},
-            "baseline by weights": {"scale_execution": "weights"},
-            "baseline by activations": {"scale_execution": "activations"},
             "HG": {"scale_heterogeneous": True},
             "HG+DP+OR": {"scale_heterogeneous": True, "scale_placement": "dual", "scale_reparam": "original"},
             "unified": {"scale_heterogeneous": True, "scale_placement": "dual_norm", "scale_reparam": "original"}}
@@ -105,7 +103,7 @@ class Contestant:
             self.model = PlainGPT(config.model) if keys is None else GPT(dataclasses.replace(config.model, **keys))
         shares = keys is not None and first is not None
         if shares:
-            matrices = {n: p for n, p in first.model.named_parameters() if ".weight." in n or n.startswith("embedding")}
+            matrices = {n: p for n, p in first.model.named_parameters() if n.endswith(".weight")}
             for n, p in matrices.items():
                 parent, _, child = n.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, p)
@@ -116,7 +114,7 @@ class Contestant:
             self.optimizer.state.update({p: first.optimizer.state[p] for p in matrices.values()})
         self.batches = RandomBatches(config, process.device)
         if process.compile:
-            self.model.compile_parts()
+            compile_model(self.model)
 
     def step(self):
         loss, norm, _, _ = training_step(self.model, self.model, self.optimizer, self.batches, 1e-5, self.config.grad_clip,
@@ -266,7 +264,7 @@ def loader(rounds):
     model = GPT(shape).to(device)
     model.compute_dtype = process.dtype
     if process.compile:
-        model.compile_parts()
+        compile_model(model)
     with tempfile.TemporaryDirectory() as folder:
         path, tokens = Path(folder, "train.bin"), 100_000_000
         ids = np.random.default_rng(0).integers(shape.vocab_size, size=tokens, dtype=np.uint16)

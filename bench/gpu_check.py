@@ -21,7 +21,7 @@ from bench.benchmark import VARIANTS, Contestant, graphs, race, table, timed, ve
 from lib.config import BUILTIN, load_config
 from lib.data import Dataset
 from lib.disk import write_whole
-from lib.process import Process, to_device
+from lib.process import Process, compile_model, to_device
 from model import GPT, GPTConfig, MoE
 from norms import named_scale_vectors
 from optim import make_optimizer, param_groups
@@ -81,7 +81,7 @@ def compiled_against_float64(process, toy):
             else:
                 model.compute_dtype = process.dtype
                 if process.compile:
-                    model.compile_parts()
+                    compile_model(model)
             tokens = torch.randint(model.config.vocab_size, (4, shape["block_size"] + 1), generator=torch.Generator().manual_seed(0))
             tokens = tokens.to(process.device)
             loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1]
@@ -106,10 +106,10 @@ def grouped_against_looped(process, toy):
         layer = MoE(config).to(process.device)
         with torch.no_grad():
             for name, p in layer.named_parameters():
-                if ".weight." in name:
+                if name.endswith(".weight"):
                     p.normal_(std=C ** -0.5)
-            layer.maps.weight["router"][7] = -10 * C ** -0.5
-        x = torch.rand(512, C, device=process.device)
+            layer.router.weight[7] = -10 * C ** -0.5
+        x = torch.rand(512, C, device=process.device).bfloat16().float()  # so that both route alike
         results = []
         for dtype in (torch.float32, torch.bfloat16):
             layer.zero_grad()
@@ -159,7 +159,7 @@ def partial_evaluation(process, toy):
         alone = sum(model(*to_device(split[[i * len(split) // 8]], process.device))[1].item() for i in range(8)) / 8
     model.compute_dtype = process.dtype
     if process.compile:
-        model.compile_parts()
+        compile_model(model)
     before = graphs()
     return {"loss": evaluate(model, split, config, process), "window_by_window": alone, "graphs": graphs() - before}
 
@@ -199,7 +199,7 @@ def head(process, toy):
         model = GPT(dataclasses.replace(config.model, n_layer=1, **VARIANTS[name])).to(process.device)
         model.compute_dtype = process.dtype
         if process.compile:
-            model.compile_parts()
+            compile_model(model)
         x = torch.randn(config.batch_size, config.model.block_size, config.model.n_embd, device=process.device, dtype=process.dtype)
         x, y = x.requires_grad_(), torch.randint(config.model.vocab_size, x.shape[:2], device=process.device)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import FUSION, apply_rope, rope_tables
+from model import apply_rope, rope_tables
 
 
 class Linear(nn.Linear):
@@ -69,11 +69,6 @@ class PlainGPT(nn.Module):
 
     def auxiliary_loss(self):
         return 0.0
-
-    def compile_parts(self):
-        for layer in self.layers:
-            layer.compile(dynamic=False, options=FUSION)
-        self.loss = torch.compile(self.loss, dynamic=False, options=FUSION)
 
     def groups(self, weight_decay):
         """Parameter groups as optim.param_groups names them: all decayed."""

@@ -44,9 +44,10 @@ PROBE = "def f(x):\n    return x + 1  # The café's 3 naïve tests, №42:\n\n\t
 def stock_architecture(model):
     """(name of the class of transformers that computes the same function, or None; why). model: a GPT, folded."""
     c = model.config
-    if c.placed_maps and c.scale_placement != "dual_norm" and not PLACEMENTS[c.scale_placement].linear:
+    is_linear = PLACEMENTS[c.scale_placement].output is None
+    if c.placed_maps and c.scale_placement != "dual_norm" and not is_linear:
         return None, f"scale_placement={c.scale_placement!r} is not a linear map"
-    normalized = c.placed_maps if c.scale_placement == "dual_norm" else []
+    normalized = [] if is_linear else c.placed_maps
     others = [name for name in normalized if name not in ("q", "k")]
     if others:
         return None, f"DNP normalizes the output of {', '.join(others)}"
@@ -54,7 +55,7 @@ def stock_architecture(model):
         return None, "post_norm normalizes each sub-layer's output"
     if len(normalized) == 1:
         return None, f"DNP normalizes {normalized[0]} alone of q and k"
-    if normalized and not all(same_for_all_heads(layer.attn.qkv.scale_out, c.head_dim) for layer in model.layers):
+    if normalized and not all(same_for_all_heads(layer.attn, c.head_dim) for layer in model.layers):
         return None, "DNP's γ_a differs from head to head, and Qwen3's is one for all heads"
     if c.n_expert and (c.d_shared_expert or c.n_dense_layer or normalized or c.qk_norm):
         return None, "Mixtral has no " + ("shared expert" if c.d_shared_expert else "dense layers" if c.n_dense_layer else "Q/K-norm")
@@ -67,9 +68,10 @@ def stock_architecture(model):
     return "LlamaForCausalLM", "every scale vector folds into a weight"
 
 
-def same_for_all_heads(scale_out, head_dim):
+def same_for_all_heads(attn, head_dim):
     """True if the output-side vectors of q and k, where there are any, repeat one vector (head_dim,) for every head."""
-    heads = [scale_out[b]().unflatten(0, (-1, head_dim)) for b in "qk" if b in scale_out]
+    vectors = [m.scale_out for m in (attn.q, attn.k) if m.scale_out]
+    heads = [vector().unflatten(0, (-1, head_dim)) for vector in vectors]
     return all(torch.equal(h, h[:1].expand_as(h)) for h in heads)
 
 
@@ -88,21 +90,22 @@ def stock_state(model, tied):
     A tied head with an output side is written as a matrix of its own, diag(u) W."""
     c = model.config
     ones = torch.ones(c.n_embd)
-    head, side = model.head.weight["head"], model.head.scale_out
+    head, v, u = model.head.weight, model.head.scale_in, model.head.scale_out
     state = {"model.embed_tokens.weight": model.embedding.weight, "lm_head.weight": head if tied else head.clone(),
-             "model.norm.weight": model.head.scale_in["head"]() if model.head.scale_in else ones}
-    if side:
-        state["lm_head.weight"] = head * side["head"]().unsqueeze(-1)
+             "model.norm.weight": v() if v else ones}
+    if u:
+        state["lm_head.weight"] = head * u().unsqueeze(-1)
     for i, layer in enumerate(model.layers):
         p, attn, mlp = f"model.layers.{i}", layer.attn, layer.mlp
-        state |= {f"{p}.self_attn.{b}_proj.weight": W for b, W in (*attn.qkv.weight.items(), *attn.o.weight.items())}
+        state |= {f"{p}.self_attn.{b}_proj.weight": getattr(attn, b).weight for b in "qkvo"}
         state |= {f"{p}.input_layernorm.weight": ones, f"{p}.post_attention_layernorm.weight": ones}
         if layer.moe:
-            gate, up = (mlp.maps.weight[b] for b in ("gate", "up"))
-            state |= {f"{p}.mlp.gate.weight": mlp.maps.weight["router"], f"{p}.mlp.experts.down_proj": mlp.down.weight["down"],
-                      f"{p}.mlp.experts.gate_up_proj": torch.cat((gate, up), dim=1)}
+            gate_up = torch.cat((mlp.gate.weight, mlp.up.weight), dim=1)
+            state |= {f"{p}.mlp.gate.weight": mlp.router.weight,
+                      f"{p}.mlp.experts.down_proj": mlp.down.weight,
+                      f"{p}.mlp.experts.gate_up_proj": gate_up}
         else:
-            state |= {f"{p}.mlp.{b}_proj.weight": W for b, W in (*mlp.gate_up.weight.items(), *mlp.down.weight.items())}
+            state |= {f"{p}.mlp.{b}_proj.weight": getattr(mlp, b).weight for b in ("gate", "up", "down")}
         if c.qk_norm or "q" in c.placed_maps and c.scale_placement == "dual_norm":
             state |= {f"{p}.self_attn.{b}_norm.weight": head_norm(attn, b, c) for b in "qk"}
     return state
@@ -110,7 +113,7 @@ def stock_state(model, tied):
 
 def head_norm(attn, b, c):
     """γ (head_dim,) of Q/K-norm, or of DNP on q or k when all heads have the same."""
-    scale = getattr(attn, f"{b}_norm").scale if c.qk_norm else attn.qkv.scale_out[b] if b in attn.qkv.scale_out else None
+    scale = getattr(attn, f"{b}_norm").scale if c.qk_norm else getattr(attn, b).scale_out
     return torch.ones(c.head_dim) if scale is None else scale()[:c.head_dim]
 
 
@@ -307,7 +310,7 @@ def import_run(folder, out, argv):
             raise ValueError(f"--{key}={given[key]} is not the checkpoint's, {shape[key]}: leave it out")
     normalized = {"q", "k"} if theirs.config.model_type in NORMALIZE_QK else set()
     kept = normalized if c.scale_placement == "dual_norm" else set()
-    changed = not PLACEMENTS[c.scale_placement].linear and bool(set(c.placed_maps) - kept)
+    changed = PLACEMENTS[c.scale_placement].output is not None and bool(set(c.placed_maps) - kept)
     difference = None if changed else same_logits(model, theirs)
     out = Path(out).expanduser()
     start = out / "start.py"

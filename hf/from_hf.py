@@ -149,20 +149,23 @@ def fill(model, state, c):
     model.embedding.weight.copy_(embedding * c.hidden_size ** 0.5 if gemma else embedding)
     head, gamma = state.pop("lm_head.weight", embedding), norm("norm")
     if not model.config.tie_embeddings:
-        model.head.weight["head"].copy_(head * gamma)
+        model.head.weight.copy_(head * gamma)
     for i, layer in enumerate(model.layers):
-        p, qkv = f"layers.{i}", layer.attn.qkv
+        p, attn = f"layers.{i}", layer.attn
         gamma = norm(f"{p}.input_layernorm")
         for b in "qkv":
-            qkv.weight[b].copy_(take(f"{p}.self_attn.{b}_proj") * gamma)
-        layer.attn.o.weight["o"].copy_(take(f"{p}.self_attn.o_proj"))
+            getattr(attn, b).weight.copy_(take(f"{p}.self_attn.{b}_proj") * gamma)
+        attn.o.weight.copy_(take(f"{p}.self_attn.o_proj"))
         if c.model_type in NORMALIZE_QK:
             # Gemma divides scores by its own √query_pre_attn_scalar, we by √head_dim
             factor = (model.config.head_dim / c.query_pre_attn_scalar) ** 0.5 if gemma else 1.0
             for b in "qk":
                 gamma = norm(f"{p}.self_attn.{b}_norm") * (factor if b == "q" else 1.0)
-                own = getattr(layer.attn, f"{b}_norm").scale if model.config.qk_norm else qkv.scale_out[b] if b in qkv.scale_out else None
-                set_gamma(own, gamma.repeat(1 if model.config.qk_norm else qkv.branches[b][0] // len(gamma)), f"{p}.self_attn.{b}_norm")
+                name, m = f"{p}.self_attn.{b}_norm", getattr(attn, b)
+                if model.config.qk_norm:
+                    set_gamma(getattr(attn, f"{b}_norm").scale, gamma, name)
+                else:
+                    set_gamma(m.scale_out, gamma.repeat(len(m.weight) // len(gamma)), name)
         before_mlp = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
         if gemma:
             set_gamma(layer.attn_post_norm.scale, norm(f"{p}.post_attention_layernorm"), f"{p}.post_attention_layernorm")
@@ -173,14 +176,14 @@ def fill(model, state, c):
 def fill_mlp(layer, state, p, gamma):
     """Move the SwiGLU, or the router and experts, whose names start with p; gamma: the Pre-Norm's, into what reads it."""
     if layer.moe:
-        layer.mlp.maps.weight["router"].copy_(state.pop(f"{p}.gate.weight") * gamma)
+        layer.mlp.router.weight.copy_(state.pop(f"{p}.gate.weight") * gamma)
         for b, W in zip(("gate", "up"), state.pop(f"{p}.experts.gate_up_proj").chunk(2, dim=1)):
-            layer.mlp.maps.weight[b].copy_(W * gamma)
-        layer.mlp.down.weight["down"].copy_(state.pop(f"{p}.experts.down_proj"))
+            getattr(layer.mlp, b).weight.copy_(W * gamma)
+        layer.mlp.down.weight.copy_(state.pop(f"{p}.experts.down_proj"))
     else:
         for b in ("gate", "up"):
-            layer.mlp.gate_up.weight[b].copy_(state.pop(f"{p}.{b}_proj.weight") * gamma)
-        layer.mlp.down.weight["down"].copy_(state.pop(f"{p}.down_proj.weight"))
+            getattr(layer.mlp, b).weight.copy_(state.pop(f"{p}.{b}_proj.weight") * gamma)
+        layer.mlp.down.weight.copy_(state.pop(f"{p}.down_proj.weight"))
 
 
 def set_gamma(scale, gamma, name):
@@ -202,8 +205,11 @@ def set_gamma(scale, gamma, name):
         scale.alpha.copy_(gamma.log() - gamma.log().mean())
     elif scale.reparam == "zero_centered":
         scale.alpha.copy_(gamma - 1)
+    elif scale.reparam == "none":
+        scale.alpha.copy_(gamma)
     else:
-        scale.gamma.copy_(gamma)
+        raise ValueError(f"scale_reparam={scale.reparam!r} cannot start from a checkpoint's {name}: add its inverse to set_gamma in "
+                         f"hf/from_hf.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +240,7 @@ def load_own(folder, written):
     model = GPT(GPTConfig(**{key: written[key] for key in vars(GPTConfig()) if key in written}))
     state = {name.removeprefix("gpt."): t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     if model.config.tie_embeddings:
-        state["head.weight.head"] = state["embedding.weight"]
+        state["head.weight"] = state["embedding.weight"]
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -251,7 +257,8 @@ def same_logits(ours, theirs):
     logits = ours(idx)[0]
     difference = (logits - theirs(idx).logits).abs().max().item()
     if not difference <= 1e-5 * (1 + c.n_layer) * max(1.0, logits.abs().max().item()):
-        raise ValueError(f"the two models' logits differ by {difference:.2g}: they are not the same function; please report it")
+        raise ValueError(f"the two models' logits differ by {difference:.2g}: they are not the same function. What "
+                         f"model.py or norms.py has and hf/export.py does not know needs a clause in stock_architecture")
     return difference
 
 

@@ -15,7 +15,6 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model import GPT, GPTConfig, rope_tables
-from norms import ScaleVector
 
 KEYS = [f.name for f in fields(GPTConfig)]
 # transformers has renamed what generate calls its cache
@@ -40,7 +39,7 @@ class ScaleVectorsConfig(PreTrainedConfig):
 
 class ScaleVectorsForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ScaleVectorsConfig
-    _tied_weights_keys = {"gpt.head.weight.head": "gpt.embedding.weight"}
+    _tied_weights_keys = {"gpt.head.weight": "gpt.embedding.weight"}
     _no_split_modules = ["Block"]
 
     def __init__(self, config):
@@ -53,8 +52,6 @@ class ScaleVectorsForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, GPT):
             for name, table in zip(("cos", "sin"), rope_tables(module.config)):
                 getattr(module, name).copy_(table)
-        elif isinstance(module, ScaleVector) and "beta" in dict(module.named_buffers()):
-            module.beta.fill_(1.0 if module.reparam == "original" else 0.0)
 
     def get_input_embeddings(self):
         return self.gpt.embedding

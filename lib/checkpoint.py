@@ -36,7 +36,7 @@ FORMAT = 3
 # a file in out_dir is a run's if its first JSON object has these keys
 OURS = {"config.json": {"out_dir", "dataset", "n_layer"}, "log.jsonl": {"event", "step"}, "summary.json": {"val_loss", "steps"}}
 # keys of the model that a resumed run may change; its other keys, and these three, make another run
-MAY_CHANGE = ("scale_execution", "recompute", "load_balance_coef", "router_z_coef")
+MAY_CHANGE = ("recompute", "load_balance_coef", "router_z_coef")
 MUST_STAY = ("optimizer", "seed")
 CHECKPOINT_NAME = re.compile(r"ckpt_(\d{7}|[1-9]\d{7,})\.pt")
 SPIKE_WINDOW, SPIKE_STD = 128, 6.0  # see is_spike
@@ -427,7 +427,7 @@ class Log:
             gamma, beta = scale(), getattr(scale, "beta", None)
             mean, std, least, most = torch.stack((gamma.mean(), gamma.std(unbiased=False), gamma.min(), gamma.max())).tolist()
             self.write("scale", step=step, name=name, mean=mean, std=std, min=least, max=most,
-                       beta=None if beta is None else beta.mean().item())
+                       beta=beta.mean().item() if torch.is_tensor(beta) else None)
         vectors = {p for _, scale in named_scale_vectors(model) for p in scale.parameters()}
         for name, p in model.named_parameters():
             if p not in vectors:

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from optim import DECAY_SHAPES, OPTIMIZERS, SCALE_DECAY_POLICIES, SCHEDULES
+from norms import SCALE_DECAY_POLICIES
+from optim import DECAY_SHAPES, OPTIMIZERS, SCHEDULES
 
 BUILTIN = "data/stdlib"  # the dataset that is made on the spot if it is missing
 

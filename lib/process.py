@@ -23,6 +23,21 @@ from torch.nn.parallel import DistributedDataParallel
 PEAK_FLOPS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12),
               ("4090", 165e12), ("3090", 71e12))
 
+# Inductor recomputes short pointwise chains instead of storing them. Its defaults (4, 30) split
+# DNP's backward and store a float32 (N, F) tensor; these limits avoid that.
+INDUCTOR_OPTIONS = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
+
+
+def compile_model(model, **how):
+    """torch.compile for each block and for the head with the loss. One graph serves all layers, so
+    the time to compile does not grow with depth. Experts in float32 are a loop whose shapes follow
+    the routing: they stay eager. how: arguments of torch.compile in place of ours."""
+    how = {"dynamic": False, "options": INDUCTOR_OPTIONS, **how}
+    for layer in model.layers:
+        looped = getattr(layer, "moe", False) and model.compute_dtype != torch.bfloat16
+        (layer.attn if looped else layer).compile(**how)
+    model.loss = torch.compile(model.loss, **how)
+
 
 class Process:
     """Which process this is: alone, or one of torchrun's. Raises ValueError if the environment tells of others and not where they are."""

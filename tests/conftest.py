@@ -20,6 +20,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, init_std=0.0)
 PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")  # a fork may add others, of which tests of formulas know nothing
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
+MIXTURE = dict(n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=24, n_dense_layer=1)
 
 torch.set_num_threads(1)  # sums in one order, in this process as in those it starts: runs are compared bit for bit
 

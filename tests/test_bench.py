@@ -27,12 +27,12 @@ def test_the_yardstick_is_the_baselines_function():
     plain.compute_dtype = torch.float64
     ours = {}
     for layer, theirs in zip(model.layers, plain.layers):
-        qkv, gate_up = layer.attn.qkv, layer.mlp.gate_up
-        ours |= {theirs.qkv.weight: [qkv.weight[b] for b in "qkv"], theirs.o.weight: [layer.attn.o.weight["o"]],
-                 theirs.gate_up.weight: [gate_up.weight[b] for b in ("gate", "up")], theirs.down.weight: [layer.mlp.down.weight["down"]],
-                 theirs.norm1.weight: [qkv.scale_in["q_k_v"].gamma], theirs.norm2.weight: [gate_up.scale_in["gate_up"].gamma]}
-    ours |= {plain.embedding.weight: [model.embedding.weight], plain.head.weight: [model.head.weight["head"]],
-             plain.norm.weight: [model.head.scale_in["head"].gamma]}
+        attn, mlp = layer.attn, layer.mlp
+        ours |= {theirs.qkv.weight: [attn.q.weight, attn.k.weight, attn.v.weight], theirs.o.weight: [attn.o.weight],
+                 theirs.gate_up.weight: [mlp.gate.weight, mlp.up.weight], theirs.down.weight: [mlp.down.weight],
+                 theirs.norm1.weight: [attn.q.scale_in.alpha], theirs.norm2.weight: [mlp.gate.scale_in.alpha]}
+    ours |= {plain.embedding.weight: [model.embedding.weight], plain.head.weight: [model.head.weight],
+             plain.norm.weight: [model.head.scale_in.alpha]}
     assert set(ours) == set(plain.parameters()) and sum(map(len, ours.values())) == len(list(model.parameters()))
     with torch.no_grad():
         for p, parts in ours.items():
@@ -75,7 +75,7 @@ def test_contestants_share_what_is_large():
     second = bench.Contestant("unified", config, process, first)
     shared = {n: p for n, p in second.model.named_parameters() if any(p is q for q in first.model.parameters())}
     assert set(shared) == {n for n, p in first.model.named_parameters() if "scale" not in n}
-    W, gamma = shared["layers.0.attn.o.weight.o"], second.model.layers[0].attn.qkv.scale_out["q"].alpha
+    W, gamma = shared["layers.0.attn.o.weight"], second.model.layers[0].attn.q.scale_out.alpha
     before, steps = (W.clone(), gamma.clone()), first.optimizer.state[W]["step"].item()
     second.step()
     assert (W != before[0]).any() and (gamma != before[1]).any()

@@ -115,10 +115,11 @@ def test_q_and_k_with_one_vector_for_all_heads(tmp_path):
     with torch.no_grad():
         for layer in model.layers:
             for b in "qk":
-                layer.attn.qkv.scale_out[b].gamma.copy_(torch.linspace(0.5, 2.0, 8).repeat(layer.attn.qkv.branches[b][0] // 8))
+                vector = getattr(layer.attn, b).scale_out.alpha
+                vector.copy_(torch.linspace(0.5, 2.0, 8).repeat(len(vector) // 8))
     theirs, name, _ = export.transformers_model(model, {})
     assert name == "Qwen3ForCausalLM" and same_logits(model, theirs) < 1e-5
-    model.layers[1].attn.qkv.scale_out["k"].gamma.data[-1] += 1e-3
+    model.layers[1].attn.k.scale_out.alpha.data[-1] += 1e-3
     assert export.stock_architecture(model) == (None, "DNP's γ_a differs from head to head, and Qwen3's is one for all heads")
 
 

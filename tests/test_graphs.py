@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import COMPILER, UNIFIED, randomize_scales, run, tiny_batch, tiny_gpt
+from conftest import COMPILER, MIXTURE, UNIFIED, randomize_scales, run, tiny_batch, tiny_gpt
 from torch._dynamo.utils import counters
 
-import model as model_file
-from norms import REPARAMS, at_hand, compute_scale_vectors, named_scale_vectors
+from lib.process import compile_model
+from model import GPT
 
 PARTS = dict(backend="aot_eager", options=None)  # the graphs that Inductor would get, run by PyTorch's own kernels
-MIXTURE = dict(n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=24, n_dense_layer=1)
 
 
 def micro_steps(model, batches=2):
@@ -25,40 +24,10 @@ def micro_steps(model, batches=2):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("keys", [{}, MIXTURE, dict(qk_norm=True, post_norm=True, scale_placement="dual")],
-                         ids=["dense", "mixture", "norms"])
-@pytest.mark.parametrize("reparam", REPARAMS)
-def test_all_scale_vectors_at_once_are_each_by_itself(reparam, keys, monkeypatch):
-    """compute_scale_vectors, with and without recomputed blocks: every γ, the loss's gradients over two micro-steps to 1e-13 in
-    float64, and nothing left in its place after the forward pass, also one that fails."""
-    model = randomize_scales(tiny_gpt(torch.float64, **{**UNIFIED, "scale_reparam": reparam, **keys}))
-    alone = {name: scale().detach() for name, scale in named_scale_vectors(model)}
-    computed = compute_scale_vectors(model)
-    assert len(computed) == (0 if reparam == "none" else len(alone))
-    with at_hand(computed):
-        for name, scale in named_scale_vectors(model):
-            torch.testing.assert_close(scale().detach(), alone[name], rtol=0, atol=1e-15)
-            assert reparam == "none" or any(scale() is gamma for _, gamma in computed)
-    together = micro_steps(model)
-    model.config.recompute = True
-    recomputed = micro_steps(model)
-    with monkeypatch.context() as plain:
-        plain.setattr(model_file, "compute_scale_vectors", lambda model: [])
-        expected = micro_steps(model)
-    for name, grad in expected.items():
-        torch.testing.assert_close(together[name], grad, rtol=0, atol=1e-13, msg=name)
-        torch.testing.assert_close(recomputed[name], grad, rtol=0, atol=1e-13, msg=name)
-    with pytest.raises(IndexError):
-        model(torch.full((1, 2), 61))
-    with pytest.raises(ZeroDivisionError), at_hand(computed):
-        raise ZeroDivisionError
-    assert all(scale.computed is None for _, scale in named_scale_vectors(model))
-
-
 def compiled(model, **how):
     torch._dynamo.reset()
     counters.clear()
-    model.compile_parts(**how)
+    compile_model(model, **how)
     return model
 
 
@@ -68,10 +37,10 @@ def counted():
 
 
 @pytest.mark.parametrize("keys, dtype, parts", [
-    ({}, torch.float32, 3),  # one block for all layers, the head's product, the loss
-    pytest.param({"recompute": True}, torch.float32, 3, marks=pytest.mark.slow),
-    (MIXTURE, torch.bfloat16, 4),  # and a block with experts: what CUDA runs
-    (MIXTURE, torch.float32, 4),  # experts in float32 are a loop that stays eager: a dense block, the other's attention, head, loss
+    ({}, torch.float32, 2),  # one block for all layers; the head and the loss
+    pytest.param({"recompute": True}, torch.float32, 2, marks=pytest.mark.slow),
+    (MIXTURE, torch.bfloat16, 3),  # and a block with experts: what CUDA runs
+    (MIXTURE, torch.float32, 3),  # experts in float32 are a loop that stays eager: a dense block, the other's attention, head, loss
 ], ids=["dense", "recompute", "mixture", "looped mixture"])
 def test_graphs_and_recompiles(keys, dtype, parts):
     """Training with accumulation, evaluation, and training again compile each part once with gradients and once without, whatever
@@ -103,7 +72,7 @@ def test_graphs_in_two_processes(tmp_path):
     """Under torchrun and DistributedDataParallel, with gradients that meet in the last of two micro-steps: no other graphs."""
     run("tests/two_graphs.py", tmp_path, processes=2, env={"PYTHONPATH": ".:tests"})
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for name, parts in (("dense", 3), ("mixture", 4)):
+    for name, parts in (("dense", 2), ("mixture", 3)):
         assert [process[name]["after_training"] for process in said] == [[parts, 0]] * 2, said
         assert [process[name]["after_evaluation"] for process in said] == [[2 * parts, 0]] * 2, said
         assert said[0][name]["weights"] == said[1][name]["weights"]
@@ -128,21 +97,21 @@ def test_compiled_parts_are_the_same_function(keys, dtype, tolerance):
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("keys", [{}, UNIFIED], ids=["baseline", "unified"])
 def test_the_compiled_loss_keeps_nothing_of_the_size_of_the_logits_but_the_product(keys):
-    """It has no chunks: what it keeps for the backward pass is its argument."""
+    """It has no chunks: what it keeps for the backward pass is W̃ x, once, in the compute dtype."""
     model = compiled(tiny_gpt(vocab_size=4096, **keys))
-    y = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    u = model.head.scale_out["head"]() if keys else None
-    kept = {}
+    x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    targets, kept = torch.arange(64).view(4, 16), {}
 
     def remember(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
-        loss = model.chunked_loss(y, torch.arange(64), u)
-    assert sum(kept.values()) < 1.2 * y.numel() * 2 and y.data_ptr() in kept
+        loss = model.loss(x, targets)
+    product, weight = 64 * 4096 * 2, 32 * 4096 * 4
+    assert sum(kept.values()) < 1.2 * product + 2 * weight and max(kept.values()) <= max(product, weight)
     loss.backward()
-    torch.testing.assert_close(loss, model.summed_loss(y, torch.arange(64), u), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, GPT.loss(model, x, targets), rtol=1e-5, atol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -156,7 +125,7 @@ def test_cuda_bf16_compiled_agrees_with_float32(keys):
     for seed in range(2):
         loss = model(*(t.cuda() for t in tiny_batch(seed)))[1]
         (loss + model.auxiliary_loss()).backward()
-    assert counted() == (4 if "n_expert" in keys else 3, 0)
+    assert counted() == (3 if "n_expert" in keys else 2, 0)
     found = {name: p.grad.cpu() for name, p in model.named_parameters()}
     everything = [torch.cat([grad.flatten() for grad in grads.values()]) for grads in (expected, found)]
     assert (everything[1] - everything[0]).norm() <= 0.05 * everything[0].norm()

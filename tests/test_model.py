@@ -1,6 +1,6 @@
 """
 Proves that the decoder is one: causal, rotary, counted as the paper counts, started as its table says; that every combination of
-the scale keys trains, reloads, and runs the same on every route; that its loss, DNP over the vocabulary included, is
+the scale keys trains and reloads; that its loss, DNP over the vocabulary included, is
 cross-entropy in little memory; and that cached generation gives the tokens that reading everything again gives.
 """
 import dataclasses
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import model as model_file
 from model import GPT, GPTConfig, apply_rope, rope_tables
-from norms import PLACEMENTS, REPARAMS
-from optim import SCALE_DECAY_POLICIES, load_optimizer_state, make_optimizer, optimizer_state, param_groups
+from norms import PLACEMENTS, REPARAMS, SCALE_DECAY_POLICIES
+from optim import load_optimizer_state, make_optimizer, optimizer_state, param_groups
 
 COMBINATIONS = [dict(scale_vectors=s, scale_heterogeneous=h, scale_placement=p, scale_reparam=r)
                 for s, h, p, r in itertools.product((True, False), (False, True), PLACEMENTS, REPARAMS)]
@@ -30,7 +30,7 @@ def gradients(model, idx, targets):
 
 
 @pytest.mark.parametrize("keys", COMBINATIONS, ids=lambda keys: "-".join(map(str, keys.values())))
-def test_every_combination_trains_reloads_and_runs_on_every_route(keys, tmp_path):
+def test_every_combination_trains_and_reloads(keys, tmp_path):
     idx, targets = tiny_batch()
     model = tiny_gpt(**keys)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -47,15 +47,6 @@ def test_every_combination_trains_reloads_and_runs_on_every_route(keys, tmp_path
     again.load_state_dict(state["model"])
     load_optimizer_state(make_optimizer(param_groups(again, 0.1)), state["optimizer"])
     assert torch.equal(again(idx)[0], model(idx)[0])
-
-    randomize_scales(model)
-    (_, grads), logits = gradients(model, idx, targets), model(idx)[0]
-    for execution in ("weights", "activations"):
-        other = tiny_gpt(**keys, scale_execution=execution)
-        other.load_state_dict(model.state_dict())
-        torch.testing.assert_close(other(idx)[0], logits, rtol=1e-5, atol=1e-5)
-        for name, grad in gradients(other, idx, targets)[1].items():
-            torch.testing.assert_close(grad, grads[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_variants_start_as_the_baselines_function():
@@ -137,7 +128,7 @@ def test_counts_by_hand():
     C, D, V, ff, L = 32, 8, 61, 48, 2
     matrices = L * (C * C + 2 * C * 2 * D + C * C + 3 * C * ff)
     assert tiny_gpt().num_params() == matrices + 2 * V * C + (2 * L + 1) * C
-    assert tiny_gpt(tie_embeddings=True).num_params("non_embedding") == matrices + V * C + (2 * L + 1) * C
+    assert tiny_gpt(tie_embeddings=True).num_params() == matrices + V * C + (2 * L + 1) * C
     assert tiny_gpt(scale_vectors=False).num_params("scale_vectors") == 0
     unified = tiny_gpt(**UNIFIED).num_params("scale_vectors")  # per layer 5 inputs, outputs of q, k, v, gate, up with a β each; the head's
     assert unified == L * (5 * C + C + 2 * 2 * D + 2 * ff + 5) + C + V + 1
@@ -152,7 +143,7 @@ def test_initial_weights_follow_the_table():
         if "scale" in name:
             assert (p == 1).all()  # a plain γ
         else:
-            std = 0.03 / math.sqrt(2 * 2) if name.endswith((".o", ".down")) else 0.03
+            std = 0.03 / math.sqrt(2 * 2) if name.endswith((".o.weight", ".down.weight")) else 0.03
             assert abs(p.std() / std - 1) < 0.05 and abs(p.mean()) < 0.05 * std, name
     assert GPTConfig(n_embd=144, init_std=0.0).init_std == 1 / 12
 
@@ -169,10 +160,12 @@ def test_loss_is_cross_entropy(keys, chunk_elements, monkeypatch):
     targets[1, 3:] = -1
     head = model.head
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    logits = (normed * (head.scale_in["head"]() if head.scale_in else 1)) @ head.weight["head"].T
     if keys.get("scale_placement") == "dual_norm":
-        logits = logits / (logits.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    logits = logits * (head.scale_out["head"]() if head.scale_out else 1)
+        logits = (x * head.scale_in()) @ head.weight.T  # DNP needs no Pre-Norm: see norms.pre_norm
+        logits = logits / (logits.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+    else:
+        logits = (normed * (head.scale_in() if head.scale_in else 1)) @ head.weight.T
+    logits = logits * (head.scale_out() if head.scale_out else 1)
     expected = F.cross_entropy(logits.view(-1, 61), targets.view(-1), ignore_index=-1)
     wanted = [x, *head.parameters()]
     found = model.loss(x, targets)
@@ -239,8 +232,8 @@ def test_generate(keys):
 def test_a_cached_step_reads_one_position():
     """The work of a step does not grow but for attention itself: every map sees one row."""
     model, rows = tiny_gpt(), []
-    for maps in (layer.attn.qkv for layer in model.layers):
-        maps.register_forward_hook(lambda module, args, out: rows.append(args[0].size(1)))
+    for attention in (layer.attn for layer in model.layers):
+        attention.register_forward_hook(lambda module, args, out: rows.append(args[0].size(1)))
     list(model.generate(tiny_batch(length=5)[0], 11, temperature=0))
     assert rows == [5, 5] + [1] * 20
 
@@ -253,9 +246,9 @@ def test_a_cached_step_reads_one_position():
     (dict(n_expert=2, n_expert_active=1, n_dense_layer=2), r"n_dense_layer=2 leaves none of n_layer=2 for n_expert=2"),
     (dict(norm_eps=0.0), r"norm_eps=0.0 must be above 0"),
     (dict(scale_placement="both"), r"scale_placement='both' is unknown: choose one of input, after, dual, dual_norm"),
+    (dict(scale_placement="dualnorm"), r"did you mean dual_norm\?"), (dict(scale_reparam="orignal"), r"did you mean original\?"),
     (dict(scale_reparam="OR"), r"scale_reparam='OR' is unknown"),
-    (dict(scale_execution="fast"), r"scale_execution='fast' is unknown"),
-    (dict(scale_placement_on="q,x"), r"names 'x': choose among q,k,v,gate,up,head,o,down"),
+    (dict(scale_placement_on="q,x"), r"scale_placement_on='x' is unknown: choose one of q, k, v, gate, up, head, o, down"),
     (dict(scale_placement="dual_norm", qk_norm=True), r"set qk_norm=False, or take q,k out of scale_placement_on"),
     (dict(scale_placement="dual_norm", scale_placement_on="o", post_norm=True), r"set post_norm=False, or take o out"),
 ])

@@ -11,7 +11,7 @@ from conftest import PAPER_PLACEMENTS, TINY, UNIFIED, randomize_scales, tiny_bat
 from torch.nn import functional as F
 
 from model import GPTConfig, MoE, Permute, load_balance_loss, router_z_loss
-from norms import PLACEMENTS, REPARAMS, dual_norm_placement, fold_scale_vectors, named_scale_vectors
+from norms import PLACEMENTS, REPARAMS, fold_scale_vectors, named_scale_vectors
 from optim import make_optimizer, param_groups
 
 EXPERTS = dict(n_expert=4, n_expert_active=2, d_expert=24)
@@ -24,27 +24,31 @@ def moe(seed=0, **keys):
     layer = MoE(GPTConfig(**{**TINY, **EXPERTS, **keys})).double()
     with torch.no_grad():
         for i, (name, p) in enumerate(layer.named_parameters()):
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype) * (0.3 if ".weight." in name else 1))
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype) * (0.3 if name.endswith(".weight") else 1))
     return layer
 
 
 def reference(layer, x, n_active):
     """Every expert on every token, masked and weighted; the formula of each map written out."""
-    def apply(maps, branch, x, e=None):
-        def part(p):  # expert e's own, or what all share
-            return p[e] if e is not None and p.ndim > (1 if p is not maps.weight[branch] else 2) else p
-        v = part(maps.scale_in[maps.reads[branch]]()) if branch in maps.reads else 1.0
-        y = x @ (part(maps.weight[branch]) * v).T
-        if maps.placement[branch].function is dual_norm_placement:
-            y = y / (y.square().mean(-1, keepdim=True) + maps.eps).sqrt()
-        return y * part(maps.scale_out[branch]()) if branch in maps.scale_out else y
-    p = apply(layer.maps, "router", x).softmax(-1)
+    def read(m, x, e=None):
+        def own(p):  # expert e's, or what all share
+            return p[e] if e is not None and p.ndim > 1 else p
+        y = x * own(m.scale_in()) if m.scale_in else x
+        y = y @ (m.weight if e is None else m.weight[e]).T
+        if m.placement.output:  # DNP
+            y = y / (y.square().mean(-1, keepdim=True) + m.eps).sqrt()
+        return y * own(m.scale_out()) if m.scale_out else y
+
+    def swiglu(gate, up, down, *e):
+        return read(down, F.silu(read(gate, x, *e)) * read(up, x, *e), *e)
+
+    x = x / (x.square().mean(-1, keepdim=True) + layer.eps).sqrt()
+    p = read(layer.router, x).softmax(-1)
     p = p * (p >= p.topk(n_active)[0][..., -1:])
     p = p / p.sum(-1, keepdim=True)
-    out = apply(layer.shared_down, "shared_down", F.silu(apply(layer.maps, "shared_gate", x)) * apply(layer.maps, "shared_up", x))
+    out = swiglu(layer.shared_gate, layer.shared_up, layer.shared_down)
     for e in range(layer.n_expert):
-        y = apply(layer.down, "down", F.silu(apply(layer.maps, "gate", x, e)) * apply(layer.maps, "up", x, e), e)
-        out = out + p[..., e, None] * y
+        out = out + p[..., e, None] * swiglu(layer.gate, layer.up, layer.down, e)
     return out
 
 
@@ -56,12 +60,11 @@ def with_gradients(function, layer, x):
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
 
 
-@pytest.mark.parametrize("execution", ["auto", "weights", "activations"])
-def test_routed_layer_equals_a_dense_reference(execution):
+def test_routed_layer_equals_a_dense_reference():
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     known = [keys for keys in VARIANTS if keys["scale_placement"] in PAPER_PLACEMENTS]
-    for keys in known[::7] + [UNIFIED]:
-        layer = moe(d_shared_expert=40, scale_execution=execution, **keys)
+    for keys in known[::5] + [UNIFIED]:
+        layer = moe(d_shared_expert=40, norm_eps=1e-30, **keys)
         found = with_gradients(lambda x, layer=layer: layer(x)[0], layer, x)
         expected = with_gradients(lambda x, layer=layer: reference(layer, x, 2), layer, x)
         for a, b in zip(found, expected):
@@ -74,7 +77,7 @@ def test_grouped_bfloat16_products_equal_the_loop(keys, width):
     """The path that CUDA takes, here on the CPU, with an expert that no token chooses: values and gradients to bfloat16's rounding."""
     layer = moe(d_shared_expert=2 * width - 1, d_expert=width, **keys).float()
     with torch.no_grad():
-        layer.maps.weight["router"][3] -= 50 * torch.ones(32)
+        layer.router.weight[3] -= 50 * torch.ones(32)
     x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(9)).abs().bfloat16().float()
     expected = with_gradients(lambda x: layer(x)[0], layer, x)
     found = with_gradients(lambda x: layer(x.bfloat16())[0].float(), layer, x)
@@ -90,26 +93,22 @@ def test_permute():
     assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order, order.argsort()), x)
 
 
-def test_every_variant_folds_and_runs_alike_on_every_route():
+def test_every_variant_folds():
     idx = tiny_batch()[0]
-    shape = dict(**EXPERTS, d_shared_expert=40, n_dense_layer=1)
-    for keys in VARIANTS:
-        model = randomize_scales(tiny_gpt(torch.float64, **shape, **keys)).eval()
-        logits = model(idx)[0]
-        for execution in ("weights", "activations"):
-            other = tiny_gpt(torch.float64, **shape, scale_execution=execution, **keys).eval()
-            other.load_state_dict(model.state_dict())
-            torch.testing.assert_close(other(idx)[0], logits, rtol=0, atol=1e-10)
+    for keys in VARIANTS[::2]:
+        model = randomize_scales(tiny_gpt(torch.float64, **EXPERTS, d_shared_expert=40, n_dense_layer=1, **keys)).eval()
         folded = fold_scale_vectors(model)
-        torch.testing.assert_close(folded(idx)[0], logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(folded(idx)[0], model(idx)[0], rtol=0, atol=1e-10)
         assert {n for n, _ in named_scale_vectors(folded)} == {n for n, s in named_scale_vectors(model) if not s.absorbable}
 
 
 def test_heterogeneous_branches_are_router_and_each_expert():
-    layer = moe(d_shared_expert=40, scale_heterogeneous=True)
-    assert {b: s.shape for b, s in layer.maps.scale_in.items()} == {
-        "router": (32,), "gate": (4, 32), "up": (4, 32), "shared_gate": (32,), "shared_up": (32,)}
-    assert {b: s.shape for b, s in moe(d_shared_expert=40).maps.scale_in.items()} == {"shared": (32,)}
+    def inputs(**keys):
+        return {name: s.shape for name, s in named_scale_vectors(moe(d_shared_expert=40, **keys))}
+    assert inputs(scale_heterogeneous=True) == {
+        "router.scale_in": (32,), "gate.scale_in": (4, 32), "up.scale_in": (4, 32), "shared_gate.scale_in": (32,),
+        "shared_up.scale_in": (32,)}
+    assert inputs() == {"router.scale_in": (32,)}
 
 
 def test_one_expert_is_the_dense_model():
@@ -117,12 +116,10 @@ def test_one_expert_is_the_dense_model():
     for keys in ({}, UNIFIED):
         dense = randomize_scales(tiny_gpt(torch.float64, **keys))
         one = tiny_gpt(torch.float64, n_expert=1, n_expert_active=1, d_expert=48, **keys)
-        state = one.state_dict()
-        for name, value in dense.state_dict().items():
-            for a, b in ((".gate_up.weight.", ".maps.weight."), (".gate_up.scale_in.gate_up.", ".maps.scale_in.router_gate_up."),
-                         (".gate_up.scale_in.", ".maps.scale_in."), (".gate_up.scale_out.", ".maps.scale_out.")):
-                name = name.replace(a, b)
-            assert name in state, name
+        state, given = one.state_dict(), dense.state_dict()
+        for name, value in given.items():
+            # without HG all maps share one γ_b, which has the name of the first, here the router
+            name = name.replace("mlp.gate.scale_in", "mlp.router.scale_in") if not keys else name
             state[name] = value.view(state[name].shape)
         one.load_state_dict(state)
         torch.testing.assert_close(dense(idx)[0], one(idx)[0], rtol=0, atol=1e-12)
@@ -154,8 +151,8 @@ def test_a_collapsed_router_spreads_its_load():
         model, (idx, targets) = tiny_gpt(**EXPERTS, n_layer=1, load_balance_coef=coef), tiny_batch(batch=8)
         with torch.no_grad():
             model.embedding.weight += 0.3
-            model.layers[0].mlp.maps.weight["router"] *= 0.1
-            model.layers[0].mlp.maps.weight["router"][:2] += 0.05
+            model.layers[0].mlp.router.weight *= 0.1
+            model.layers[0].mlp.router.weight[:2] += 0.05
         optimizer, loads = make_optimizer(param_groups(model, 0.1), lr=3e-3), []
         for _ in range(steps):
             (model(idx, targets)[1] + model.auxiliary_loss()).backward()
@@ -172,7 +169,7 @@ def test_counts():
     model = tiny_gpt(**EXPERTS, d_shared_expert=40, n_dense_layer=1, **UNIFIED)
     per_expert = 3 * 32 * 24 + 32 + 32 + 2 * (24 + 1)  # γ_b of gate and up, without β; γ_a with
     assert model.num_params("total") - model.num_params("active") == 2 * per_expert
-    matrices = sum(p.numel() for name, p in model.named_parameters() if ".weight." in name) - 2 * 3 * 32 * 24
+    matrices = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".weight") and "embedding" not in name) - 2 * 3 * 32 * 24
     assert model.flops_per_token() == 6 * matrices + 12 * 2 * 32 * 16
     with torch.device("meta"):
         dense = tiny_gpt(n_layer=1)
@@ -187,7 +184,7 @@ def test_muon_takes_every_matrix_of_the_blocks():
 
 @pytest.mark.parametrize("keys, message", [
     (dict(n_expert=2, n_expert_active=3), "n_expert_active=3 is more than n_expert=2"),
-    (dict(n_expert=-1), "n_expert=-1 cannot be negative"), (dict(n_expert=2, n_expert_active=0), "n_expert_active=0 must be at least 1"),
+    (dict(n_expert=-1), "n_expert=-1 must be at least 0"), (dict(n_expert=2, n_expert_active=0), "n_expert_active=0 must be at least 1"),
     (dict(d_shared_expert=8), "d_shared_expert=8 with n_expert=0"),
     (dict(n_expert=2, n_expert_active=1, d_expert=-8), "d_expert=-8 must be at least 1")])
 def test_impossible_mixtures(keys, message):
@@ -204,13 +201,14 @@ def test_mixtral():
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.block_size,
         rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=False,
         num_local_experts=4, num_experts_per_tok=2, sliding_window=None))
-    state = {"model.embed_tokens.weight": model.embedding.weight, "lm_head.weight": model.head.weight["head"], "model.norm.weight": ones}
+    state = {"model.embed_tokens.weight": model.embedding.weight, "lm_head.weight": model.head.weight, "model.norm.weight": ones}
     for i, layer in enumerate(model.layers):
-        prefix, W = f"model.layers.{i}", layer.mlp.maps.weight
-        state |= {f"{prefix}.self_attn.{b}_proj.weight": w for b, w in {**layer.attn.qkv.weight, **layer.attn.o.weight}.items()}
+        prefix, mlp = f"model.layers.{i}", layer.mlp
+        state |= {f"{prefix}.self_attn.{b}_proj.weight": getattr(layer.attn, b).weight for b in "qkvo"}
         state |= {f"{prefix}.input_layernorm.weight": ones, f"{prefix}.post_attention_layernorm.weight": ones,
-                  f"{prefix}.mlp.gate.weight": W["router"], f"{prefix}.mlp.experts.gate_up_proj": torch.cat((W["gate"], W["up"]), dim=1),
-                  f"{prefix}.mlp.experts.down_proj": layer.mlp.down.weight["down"]}
+                  f"{prefix}.mlp.gate.weight": mlp.router.weight,
+                  f"{prefix}.mlp.experts.gate_up_proj": torch.cat((mlp.gate.weight, mlp.up.weight), dim=1),
+                  f"{prefix}.mlp.experts.down_proj": mlp.down.weight}
     theirs.load_state_dict(state, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(idx).logits, model(idx)[0], rtol=0, atol=1e-5)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from conftest import UNIFIED, randomize_scales, tiny_batch, tiny_gpt
 
-from norms import named_scale_vectors
+from norms import SCALE_DECAY_POLICIES, named_scale_vectors
 from optim import (
-    SCALE_DECAY_POLICIES,
     Muon,
     cosine,
     learning_rate,
@@ -28,9 +27,17 @@ from optim import (
 MODELS = [{}, UNIFIED, {"tie_embeddings": True}, {"qk_norm": True, "post_norm": True}, {"scale_vectors": False},
           {"scale_placement": "dual", "scale_reparam": "exponential", "scale_placement_on": "q,o,down"},
           {"scale_placement": "after", "scale_reparam": "zero_centered"}, {"n_expert": 3, "n_expert_active": 2, **UNIFIED}]
-# what the policy must decay, by role, written without optim.py
-EXPECTED = {"none": lambda s: False, "all": lambda s: True, "absorbable": lambda s: s.absorbable,
-            "input_norm": lambda s: s.input_norm, "output_norm": lambda s: not s.input_norm}
+def test_policies_by_name():
+    """The scale vectors of one unified block that each policy decays, spelled out."""
+    model = tiny_gpt(n_layer=1, **UNIFIED, scale_placement_on="v,gate")
+    inputs = {f"layers.0.{m}.scale_in.alpha" for m in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")} | {"head.scale_in.alpha"}
+    inputs |= {f"{m}.scale_in.beta" for m in ("layers.0.attn.q", "layers.0.attn.k", "layers.0.mlp.up", "head")}  # no Norm undoes these
+    v, gate = ({f"layers.0.{m}.scale_out.{part}" for part in ("alpha", "beta")} for m in ("attn.v", "mlp.gate"))
+    expected = {"all": inputs | v | gate, "none": set(), "input_norm": inputs, "output_norm": v | gate, "absorbable": inputs | v}
+    assert expected.keys() == SCALE_DECAY_POLICIES.keys()
+    for policy, names in expected.items():
+        decayed = [g["params"] for g in param_groups(model, 0.1, policy) if g["name"] == "scale_decayed"]
+        assert {name for params in decayed for name, _ in params} == names, policy
 
 
 @pytest.mark.parametrize("policy", SCALE_DECAY_POLICIES)
@@ -41,8 +48,7 @@ def test_a_step_with_no_gradient_decays_exactly_the_named_parameters(keys, polic
     listed = [p for group in groups for _, p in group["params"]]
     assert len(listed) == len(set(listed)) and set(listed) == set(model.parameters())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    decayed = {f"{name}.{part}" for name, scale in named_scale_vectors(model) if EXPECTED[policy](scale)
-               for part, _ in scale.named_parameters()}
+    decayed = {name for group in groups if group["name"] == "scale_decayed" for name, _ in group["params"]}
     decayed |= {name for name in before if "scale" not in name and "_norm" not in name and name != "embedding.weight"}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -51,8 +57,7 @@ def test_a_step_with_no_gradient_decays_exactly_the_named_parameters(keys, polic
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in decayed else 1.0), rtol=1e-12, atol=0, msg=name)
 
 
-def test_every_policy_is_tested_and_unknown_ones_are_refused():
-    assert set(SCALE_DECAY_POLICIES) == set(EXPECTED)
+def test_unknown_choices_are_refused():
     with pytest.raises(ValueError, match="scale_weight_decay='iwd' is unknown: choose one of all, none, input_norm"):
         param_groups(tiny_gpt(), 0.1, "iwd")
     with pytest.raises(ValueError, match="optimizer='adam' is unknown: choose one of adamw, muon"):
@@ -65,10 +70,14 @@ def test_embeddings_decay_as_configured():
         assert group["weight_decay"] == (0.1 if wanted else 0.0)
 
 
-def test_a_parameter_without_a_role_is_refused():
+def test_parameters_that_are_no_scale_vectors():
+    """A number or a vector does not decay. A matrix outside the layers has no role that we know."""
     model = tiny_gpt()
-    model.layers[0].bias = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"layers.0.bias of shape \(3,\) fits no group"):
+    model.temperature = torch.nn.Parameter(torch.ones(()))
+    others = next(g for g in param_groups(model, 0.1) if g["name"] == "others")
+    assert [name for name, _ in others["params"]] == ["temperature"] and others["weight_decay"] == 0
+    model.matrix = torch.nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"parameter matrix of shape \(3, 4\) fits no group"):
         param_groups(model, 0.1)
 
 
@@ -83,9 +92,9 @@ def train_steps(model, optimizer, steps=3):
 def test_muon_is_torchs_muon_for_the_matrices_and_adamw_for_the_rest():
     ours, theirs = tiny_gpt(**UNIFIED), tiny_gpt(**UNIFIED)
     train_steps(ours, make_optimizer(param_groups(ours, 0.1, "input_norm"), "muon", lr=0.01))
-    hidden = [p for name, p in theirs.named_parameters() if ".weight." in name and name.startswith("layers.")]
+    hidden = [p for name, p in theirs.named_parameters() if name.endswith(".weight") and name.startswith("layers.")]
     decayed = {p for _, s in named_scale_vectors(theirs) if s.input_norm for p in s.parameters()}
-    decayed |= {theirs.embedding.weight, theirs.head.weight["head"]}
+    decayed |= {theirs.embedding.weight, theirs.head.weight}
     rest = [p for p in theirs.parameters() if not any(p is h for h in hidden) and p not in decayed]
     muon = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([{"params": list(decayed), "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
@@ -147,7 +156,7 @@ def test_optimizer_state_of_another_model_is_refused():
     optimizer = make_optimizer(param_groups(tiny_gpt(), 0.1))
     train_steps(model := tiny_gpt(), optimizer := make_optimizer(param_groups(model, 0.1)), 1)
     state = optimizer_state(optimizer)
-    for other, message in ((tiny_gpt(n_layer=1), "layers.1.attn.o.weight.o is unknown, and 8 more"),
+    for other, message in ((tiny_gpt(n_layer=1), "layers.1.attn.k.weight is unknown, and 8 more"),
                            (tiny_gpt(d_ff=40), r"exp_avg of .*mlp.* has shape .*48.*, the parameter .*40")):
         with pytest.raises(ValueError, match=message) as error:
             load_optimizer_state(make_optimizer(param_groups(other, 0.1)), state)
@@ -160,11 +169,11 @@ def test_optimizer_state_of_another_model_is_refused():
     ("adamw", {"exp_avg": torch.zeros(61, 32, dtype=torch.float64)}, "exp_avg of embedding.weight is of type torch.float64, the parameter"),
     ("adamw", {"exp_avg": torch.zeros(())}, r"exp_avg of embedding.weight has shape \(\), the parameter \(61, 32\)"),
     ("adamw", {"step": torch.ones(61, 32)}, r"step of embedding.weight has shape \(61, 32\)"),
-    ("muon", {"momentum_buffer": None}, "momentum_buffer of layers.0.attn.o.weight.o is missing")])
+    ("muon", {"momentum_buffer": None}, "momentum_buffer of layers.0.attn.o.weight is missing")])
 def test_moments_that_are_not_the_optimizers_are_refused(name, changes, message):
     train_steps(model := tiny_gpt(), optimizer := make_optimizer(param_groups(model, 0.1), name), 1)
     state = optimizer_state(optimizer)
-    of = "embedding.weight" if name == "adamw" else "layers.0.attn.o.weight.o"
+    of = "embedding.weight" if name == "adamw" else "layers.0.attn.o.weight"
     state[of] = {key: value for key, value in {**state[of], **changes}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         load_optimizer_state(make_optimizer(param_groups(tiny_gpt(), 0.1), name), state)

@@ -495,24 +495,23 @@ def test_the_gpts_query_weight_moves_as_stated(keys):
     idx, targets = tiny_batch()
     folded = fold_scale_vectors(model)
     folded(idx, targets)[1].backward()
-    qkv = model.layers[0].attn.qkv
-    grads = {b: W.grad for b, W in folded.layers[0].attn.qkv.weight.items()}
-    scale, G = qkv.scale_in[qkv.reads["q"]], grads["q"]
-    W, v = qkv.weight["q"].detach().clone(), scale().detach().clone()
+    attn, q = model.layers[0].attn, model.layers[0].attn.q
+    grads = {b: getattr(folded.layers[0].attn, b).weight.grad for b in "qkv"}
+    scale, G = q.scale_in, grads["q"]
+    W, v = q.weight.detach().clone(), scale().detach().clone()
     if "scale_placement" in keys:
-        expected = theory.effective_velocity_dual(W, qkv.scale_out["q"]().detach().clone(), v, G)
+        expected = theory.effective_velocity_dual(W, q.scale_out().detach().clone(), v, G)
     elif "scale_reparam" in keys:  # W moves as ever, γ by -P ∇γ
         P = {"original": theory.original_preconditioner, "exponential": theory.exponential_preconditioner}[keys["scale_reparam"]]
         expected = -(v ** 2 * G + W * (P(scale.beta.detach(), scale.alpha.detach()) @ (W * G).sum(0)))
     elif keys:
         expected = theory.effective_velocity(W, v, G)
     else:  # a shared γ moves by what all its branches want: P_j G_j^q, and w_j^q times the others' <w_j^b, G_j^b>
-        others = sum((qkv.weight[b].detach() * grads[b]).sum(0) for b in ("k", "v"))
+        others = sum((getattr(attn, b).weight.detach() * grads[b]).sum(0) for b in ("k", "v"))
         expected = theory.effective_velocity(W, v, G) - W * others
 
     def effective():
-        u = qkv.scale_out["q"]() if "q" in qkv.scale_out else None
-        return scale_weight(qkv.weight["q"], qkv.scale_in[qkv.reads["q"]](), u).detach()
+        return q.effective_weight().detach()
     before, lr = effective(), 1e-6
     model(idx, targets)[1].backward()
     torch.optim.SGD(model.parameters(), lr=lr).step()

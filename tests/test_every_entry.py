@@ -1,0 +1,122 @@
+"""
+Proves for every entry of PLACEMENTS and REPARAMS, and so for a fork's too, that training, sampling,
+folding and export run one function, and that what an entry claims is true.
+"""
+import pytest
+import torch
+from conftest import COMPILER, MIXTURE, randomize_scales, tiny_batch, tiny_gpt
+from torch.nn import functional as F
+
+import model as model_file
+from hf.export import stock_architecture
+from lib.process import compile_model
+from norms import (
+    PLACEMENTS,
+    REPARAMS,
+    ScaledLinear,
+    ScaleVector,
+    fold_scale_vectors,
+    named_scale_vectors,
+    rms_norm,
+)
+
+EVERYWHERE = "q,k,v,gate,up,head,o,down"
+
+
+def check_one_function(monkeypatch, **keys):
+    """The loss is the cross-entropy of the logits, whole and in chunks; cached sampling equals
+    uncached; every parameter gets a gradient; folding keeps the function."""
+    model, (idx, targets) = randomize_scales(tiny_gpt(torch.float64, **keys)), tiny_batch()
+    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+    for chunk_elements in (2 ** 26, 300):
+        monkeypatch.setattr(model_file, "CHUNK_ELEMENTS", chunk_elements)
+        loss = model(idx, targets)[1]
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    (loss + model.auxiliary_loss()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+    cached, uncached = (torch.cat(list(model.generate(idx[:, :4], 6, temperature=0, use_cache=c)))
+                        for c in (True, False))
+    assert torch.equal(cached, uncached)
+    folded = fold_scale_vectors(model)
+    torch.testing.assert_close(folded(idx)[0], model(idx)[0], rtol=0, atol=1e-11)
+    stays = {name for name, m in named_scale_vectors(model) if not m.absorbable}
+    assert {name for name, _ in named_scale_vectors(folded)} == stays
+    assert all(m.reparam == "none" for _, m in named_scale_vectors(folded))
+    return model
+
+
+def check_claims(name):
+    """What speed and folding rely on: see Placement."""
+    placement, shape = PLACEMENTS[name], (4, 6)
+    draw = torch.Generator().manual_seed(0)
+    W, v, u, x = (torch.randn(s, generator=draw, dtype=torch.float64)
+                  for s in (shape, (6,), (4,), (5, 6)))
+    if "v" in placement.factors:
+        torch.testing.assert_close(placement.weight(W, v, u), placement.weight(W, None, u) * v)
+    if placement.output is None:
+        return
+
+    def output(y, u, eps=1e-30, width=4):
+        return placement.output(y, u, lambda y: rms_norm(y, eps) * (width / y.size(-1)) ** 0.5)
+
+    y = x @ placement.weight(W, v, u).T
+    if "u" in placement.factors:
+        torch.testing.assert_close(output(y, u), output(y, None) * u)
+    if placement.undoes_factor:
+        torch.testing.assert_close(output(7 * y, u), output(y, u))
+    if placement.keeps_zeros:
+        padded = output(F.pad(y, (0, 4)), u)
+        torch.testing.assert_close(padded, F.pad(output(y, u), (0, 4)))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_claims_of_an_entry(placement):
+    check_claims(placement)
+
+
+@pytest.mark.parametrize("reparam", REPARAMS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("keys", [
+    {}, {"scale_heterogeneous": True}, {"scale_heterogeneous": True, **MIXTURE},
+    {"scale_placement_on": EVERYWHERE}, {"tie_embeddings": True, "scale_placement_on": "v,up"},
+], ids=["shared", "HG", "mixture", "everywhere", "tied"])
+def test_one_function(monkeypatch, keys, placement, reparam):
+    check_one_function(monkeypatch, scale_placement=placement, scale_reparam=reparam, **keys)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_compiled_is_the_same_function(placement):
+    keys = dict(n_layer=1, scale_heterogeneous=True, scale_placement=placement)
+    model, (idx, targets) = randomize_scales(tiny_gpt(**keys)), tiny_batch()
+    loss, logits = model(idx, targets)[1], model(idx)[0]
+    torch._dynamo.reset()
+    compile_model(model, backend="aot_eager", options=None)
+    torch.testing.assert_close(model(idx, targets)[1], loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("width", [5, 8])
+def test_bfloat16_pads_and_changes_nothing(placement, width):
+    """An odd width is padded on its way; a placement that does not keep zeros never sees them."""
+    model = randomize_scales(tiny_gpt(scale_placement=placement, scale_placement_on="gate",
+                                      d_ff=width, scale_heterogeneous=True))
+    exact = model(tiny_batch()[0])[0]
+    model.compute_dtype = torch.bfloat16
+    assert (model(tiny_batch()[0])[0].float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_export_takes_the_kind_of_folder_from_the_entry():
+    for name, placement in PLACEMENTS.items():
+        model = fold_scale_vectors(tiny_gpt(scale_placement=name, n_layer=1))
+        stock, why = stock_architecture(model)
+        assert (stock == "LlamaForCausalLM") == (placement.output is None), (name, why)
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="scale_reparam='orthodox' is unknown: choose none, orig"):
+        ScaleVector((5,), True, True, "orthodox")
+    with pytest.raises(ValueError, match="placement 'duall' is unknown: choose input, after"):
+        ScaledLinear((4, 6), "duall")
