@@ -129,9 +129,9 @@ class Attention(nn.Module):
         self.head_dim, self.eps = D, c.norm_eps
         [o] = scaled_linears(c, C, {"o": (C,)})
         # attention mixes positions, never channels, so o can take over what scales v's output
-        self.q, self.k, self.v = scaled_linears(
+        q, k, v = scaled_linears(
             c, C, {"q": (C,), "k": (kv,), "v": (kv,)}, norm_width=D, absorbed_by={"v": o})
-        self.o = o
+        self.k, self.q, self.v, self.o = k, q, v, o  # the order in which weights are drawn
         self.q_norm, self.k_norm = output_norm(c, D, c.qk_norm), output_norm(c, D, c.qk_norm)
 
     def forward(self, x, cos, sin, cache=None):
@@ -223,8 +223,10 @@ class MoE(nn.Module):
         shapes |= {"shared_gate": (S,), "shared_up": (S,)} if S else {}
         maps = scaled_linears(c, C, shapes,
                               absorbed_by={"up": self.down, "shared_up": self.shared_down})
-        self.router, self.gate, self.up, *shared = maps
+        router, gate, up, *shared = maps
+        self.gate, self.router = gate, router  # the order in which weights are drawn
         self.shared_gate, self.shared_up = shared or (None, None)
+        self.up = up
 
     def forward(self, x):
         """x (..., C), the residual stream -> (..., C), and one tensor (2 + E,): load-balancing
