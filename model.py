@@ -345,7 +345,15 @@ class GPT(nn.Module):
             self.routers = torch.stack(routers) if routers else None
             if targets is not None:
                 return None, self.loss(x, targets)
-            return self.head(pre_norm(x, [self.head], self.config.norm_eps)), None
+            return self.logits(self.head_product(x)), None
+
+    def head_product(self, x):
+        """W̃ x of the head. (B, T, C), the residual stream -> (B, T, V)."""
+        return products(pre_norm(x, [self.head], self.config.norm_eps), [self.head])[0]
+
+    def logits(self, y):
+        """What follows the head's product, for the loss and for sampling: DNP's norm and γ_a."""
+        return self.head.output(y)
 
     def loss(self, x, targets):
         """Mean of -log softmax(logits)[target] in nats over the targets that are not -1.
@@ -354,8 +362,7 @@ class GPT(nn.Module):
         Only W̃ x is kept of all that is as large as the logits, in the compute dtype. DNP's norm,
         γ_a and the softmax exist in float32 for a chunk of rows at a time, and are recomputed in
         the backward pass. Compiled, they are one loop that stores nothing, and need no chunks."""
-        [y] = products(pre_norm(x, [self.head], self.config.norm_eps), [self.head])
-        y, targets = y.flatten(0, -2), targets.flatten()  # (N, V)
+        y, targets = self.head_product(x).flatten(0, -2), targets.flatten()  # (N, V)
         if torch.compiler.is_compiling():
             total = self.summed_loss(y, targets)
         else:
@@ -366,7 +373,7 @@ class GPT(nn.Module):
 
     def summed_loss(self, y, targets):
         """Summed cross-entropy of rows y = W̃ x (n, V), in float32 or wider; targets (n,) -> ()."""
-        logits = self.head.output(y if y.dtype == torch.float64 else y.float())
+        logits = self.logits(y if y.dtype == torch.float64 else y.float())
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
     def recomputed(self, function, *args):

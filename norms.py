@@ -120,16 +120,16 @@ def dual_weight(W, v, u):
     return scale_weight(W, v, u)
 
 
-def dual_norm_output(y, u, norm):
+def dual_norm_output(y, u, m):
     """DNP (eq. 7): γ_a ⊙ Norm(y), where y = W(γ_b ⊙ x) by input_weight. Norm acts on each head
     of q, k, v, and on the whole output of any other map."""
-    return scale(norm(y), u)
+    return scale(m.norm(y), u)
 
 
 class Placement(NamedTuple):
     vectors: str  # those that exist: "v", which is γ_b; "u", which is γ_a; or "vu"
     weight: Callable  # (W, v, u) -> W̃; None for v or u stands for all ones
-    output: Callable | None = None  # (W̃ x, u, norm) -> y; None: y = W̃ x
+    output: Callable | None = None  # (W̃ x, u, the ScaledLinear) -> y; None: y = W̃ x
     # What speed and folding may rely on. Without these all works; a test checks each claim.
     factors: str = ""  # those that only multiply: "v" the input of W, "u" what comes out at the end
     undoes_factor: bool = False  # c x gives the same y as x, for every c > 0
@@ -206,7 +206,7 @@ class ScaledLinear(nn.Module):
         if self.placement.output is None:
             return y
         u = self.scale_out() if self.scale_out and not self.hands_over else None
-        return self.placement.output(y, per_row(u, routing), self.norm)
+        return self.placement.output(y, per_row(u, routing), self)
 
     def forward(self, x, routing=None):
         return fused(x, (self,), routing)[0]

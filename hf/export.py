@@ -31,7 +31,7 @@ from hf.from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_
 from lib.checkpoint import save_checkpoint
 from lib.config import check_type, flat, known_key, load_config, parse_value, read_config_file
 from lib.data import Dataset, get_encoding
-from norms import PLACEMENTS, fold_scale_vectors
+from norms import PLACEMENTS, fold_scale_vectors, named_scale_vectors
 from sample import load_model
 
 CODE = ("hf/modeling_scale_vectors.py", "model.py", "norms.py")
@@ -44,6 +44,10 @@ PROBE = "def f(x):\n    return x + 1  # The café's 3 naïve tests, №42:\n\n\t
 def stock_architecture(model):
     """(name of the class of transformers that computes the same function, or None; why). model: a GPT, folded."""
     c = model.config
+    ours = {model.embedding.weight, *(m.weight for _, m in model.scaled_linears())}
+    ours |= {p for _, vector in named_scale_vectors(model) for p in vector.parameters()}
+    if others := [name for name, p in model.named_parameters() if p not in ours]:
+        return None, f"no class of transformers has the parameter {others[0]}"
     is_linear = PLACEMENTS[c.scale_placement].output is None
     if c.placed_maps and c.scale_placement != "dual_norm" and not is_linear:
         return None, f"scale_placement={c.scale_placement!r} is not a linear map"

@@ -17,7 +17,6 @@ from norms import (
     ScaleVector,
     fold_scale_vectors,
     named_scale_vectors,
-    rms_norm,
 )
 
 EVERYWHERE = "q,k,v,gate,up,head,o,down"
@@ -57,8 +56,10 @@ def check_claims(name):
     if placement.output is None:
         return
 
-    def output(y, u, eps=1e-30, width=4):
-        return placement.output(y, u, lambda y: rms_norm(y, eps) * (width / y.size(-1)) ** 0.5)
+    m = ScaledLinear(shape, name, eps=1e-30)
+
+    def output(y, u):
+        return placement.output(y, u, m)
 
     y = x @ placement.weight(W, v, u).T
     if "u" in placement.factors:
