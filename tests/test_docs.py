@@ -75,3 +75,54 @@ def test_a_wrong_claim_is_found(namespace, monkeypatch):
         with pytest.raises(AssertionError):
             check_claims(name)
     assert torch.get_default_dtype() == torch.float32
+
+
+def small_model(namespace):
+    exec(blocks("docs/your_model.md", "A small GPT")[0], namespace)
+    return lambda model, idx: model(idx)
+
+
+def llama(namespace):
+    pytest.importorskip("transformers", reason="needs the optional package transformers")
+    for code in blocks("docs/your_model.md", "A transformers Llama"):
+        exec(code, namespace)
+    return lambda model, idx: model(idx).logits
+
+
+@pytest.mark.parametrize("make", [small_model, llama])
+def test_your_model(make, namespace):
+    """Each example trains every vector with IWD, folds to the same outputs, leaves the vectors that
+    the page names, and runs under autocast, compiled, and in bfloat16."""
+    torch.manual_seed(0)
+    logits, idx = make(namespace), torch.randint(61, (2, 16))
+    yours, optimizer = namespace["model"], namespace["optimizer"]
+    before = {name: p.clone() for name, p in yours.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits(yours, idx).flatten(0, 1), idx.flatten())
+        loss.backward()
+        optimizer.step()
+    for name, p in yours.named_parameters():
+        assert (p != before[name]).any() == p.requires_grad, name
+    decayed = {g["name"]: g for g in optimizer.param_groups}["scale_decayed"]["param_names"]
+    assert decayed and all(name.endswith(".scale_in.alpha") for name in decayed)
+
+    exact, folded = logits(yours, idx).detach(), norms.fold_scale_vectors(yours)
+    torch.testing.assert_close(logits(folded, idx), exact, rtol=0, atol=1e-5)
+    left = {name.split(".")[-2] for name, _ in norms.named_scale_vectors(folded)}
+    assert {re.sub("_proj|lm_", "", name) for name in left} == {"q", "k", "gate", "head"}
+    compiled = torch.compile(yours, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, idx), exact, rtol=0, atol=1e-5)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (logits(yours, idx).float() - exact).norm() < 0.05 * exact.norm()
+    assert (logits(yours.bfloat16(), idx).float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_llama_is_saved_and_loaded(namespace, tmp_path):
+    logits = llama(namespace)
+    yours, idx = namespace["model"], torch.arange(16)[None]
+    for _, vector in norms.named_scale_vectors(yours):
+        torch.nn.init.normal_(vector.alpha, mean=1.0, std=0.3)
+    again = namespace["save_and_load"](yours, tmp_path)
+    assert torch.equal(logits(again, idx), logits(yours, idx))
