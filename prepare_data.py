@@ -1,11 +1,10 @@
 """
 Text to token shards.
 
-  python prepare_data.py                            the source of Python's standard library
-  python prepare_data.py PATH... --encoding gpt2    .txt .md .py .jsonl files, .gz of them, folders
-  python prepare_data.py --hf NAME --subset SUBSET  a Hugging Face dataset, streamed
-  python prepare_data.py --hf FOLDER                local parquet, csv, ... files
-  python -m lib.verify data/NAME                    check all of a finished dataset
+  python prepare_data.py                        the source of Python's standard library
+  python prepare_data.py PATH... --out data/x   .txt .md .py .jsonl files, .gz of them, folders
+  python prepare_data.py --hf NAME --out data/x a Hugging Face dataset, streamed; or a local folder
+                                                of parquet, csv, ... files
 
 A document is a text file, a line of a .jsonl or a record of a Hugging Face dataset; <|endoftext|>
 follows each. A hash of its text decides whether it is held out for validation. So it stays in its
@@ -25,7 +24,6 @@ import errno
 import hashlib
 import itertools
 import json
-import operator
 import os
 import re
 import sys
@@ -109,13 +107,10 @@ def check_out(out, inputs):
     """Raise ValueError if OUT lies in an input folder, or anything is in its place."""
     for folder in inputs:
         if out.is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"{out} lies in the input {folder}: choose another --out, such as "
-                             f"{out}-tokens elsewhere")
-    if os.path.lexists(out) and (os.path.ismount(out) or not out.is_dir()):
-        raise ValueError(f"{out} is a file or a mount point: choose another --out")
-    if names := sorted(os.listdir(out) if out.exists() else []):
-        what = "a dataset" if "meta.json" in names else names[0]
-        raise ValueError(f"{out} holds {what}: choose another --out, or remove it")
+            raise ValueError(f"{out} lies in the input {folder}: choose another --out")
+    if os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
+        what = "holds a dataset" if (out / "meta.json").exists() else "is not an empty folder"
+        raise ValueError(f"{out} {what}: choose another --out, or remove it")
 
 
 def own_files(partial):
@@ -210,9 +205,8 @@ class Preparation:
         splits = {}
         for split, writer in self.writers.items():
             if not writer.tokens:
-                raise ValueError(f"no document fell into the {split} split at --val-fraction "
-                                 f"{self.options['val_fraction']}: give more documents, or another "
-                                 f"fraction")
+                raise ValueError(f"no document fell into the {split} split: give more documents, "
+                                 f"or another --val-fraction")
         for split, writer in self.writers.items():
             writer.close()
             splits[split] = {"tokens": writer.tokens, "bytes": writer.bytes,
@@ -225,20 +219,22 @@ class Preparation:
 
     def give_up(self):
         """After an error: before the first finished shard there is nothing to keep."""
-        with contextlib.suppress(ValueError, OSError):  # closing flushes, and the disk may be full
-            if not any(writer.shards for writer in self.writers.values()):
+        for writer in self.writers.values():
+            with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
+                writer.abandon()
+        if not any(writer.shards for writer in self.writers.values()):
+            with contextlib.suppress(ValueError, OSError):
                 for path in reversed(own_files(self.partial)):  # progress.json after the shards
                     path.unlink()
-            for writer in filter(operator.attrgetter("file"), self.writers.values()):
-                writer.file.close()
 
 
 def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_document=None,
             shard_tokens=100_000_000, workers=None, skip_bad=False):
     """Tokenize `source`, files as find_files returns them or a HubInput, into the folder `out`.
     `name` describes the source in meta.json, which is returned. Raises ValueError or OSError."""
-    if not 0 < shard_tokens < 2 ** 31:
-        raise ValueError(f"--shard-tokens {shard_tokens} is out of range")
+    if not (0 < val_fraction < 1 and 0 < shard_tokens < 2 ** 31):
+        raise ValueError(f"--val-fraction {val_fraction} or --shard-tokens {shard_tokens} is out "
+                         f"of range")
     if get_encoding(encoding).eot_token is None:
         raise ValueError(f"--encoding {encoding} cannot tokenize text: choose bytes or gpt2")
     documents = source

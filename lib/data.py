@@ -45,11 +45,8 @@ def shard_header(tokens, itemsize):
 class Shard:
     """A shard of any of the three formats. len() is its number of tokens, `dtype` uint16 or uint32.
 
-    Every read opens the file and checks that it still has the size and time it had at first. So a
-    shard that is cut, replaced or removed during a run raises an error, where a memory map would
-    end the process with a bus error, or give other tokens. And no file stays open.
-
-    Raises ValueError if the file has none of the formats, or has changed."""
+    Raises ValueError if the file has none of the formats. So does a read if its size or time has
+    changed, where a memory map would give other tokens, or end the process with a bus error."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -68,20 +65,16 @@ class Shard:
         """(bytes before the first token, tokens, bytes per token), checked against the size."""
         if magic in (MAGIC, LLMC_MAGIC):
             itemsize = 2 if magic == LLMC_MAGIC else itemsize
-            if version != 1 or itemsize not in (2, 4):
-                raise ValueError(f"{self.path}: its header has version {version} and {itemsize} "
-                                 f"bytes a token, not version 1 and 2 or 4: make the shard again")
-            expected = HEADER_BYTES + tokens * itemsize
-            if tokens < 1 or size != expected:
+            is_whole = tokens > 0 and size == HEADER_BYTES + tokens * itemsize
+            if version != 1 or itemsize not in (2, 4) or not is_whole:
                 raise ValueError(f"{self.path}: truncated or damaged: its header promises "
-                                 f"{tokens:,} tokens, {expected:,} bytes, and the file has "
-                                 f"{size:,}: make the shard again")
+                                 f"{tokens:,} tokens of {itemsize} bytes (version {version}), and "
+                                 f"the file has {size:,} bytes: make the shard again")
             return HEADER_BYTES, tokens, itemsize
 
         if self.path.name not in ("train.bin", "val.bin"):
-            raise ValueError(f"{self.path}: wrong magic {magic}: expected {MAGIC} (ours) or "
-                             f"{LLMC_MAGIC} (llm.c); a headerless nanoGPT file must be called "
-                             f"train.bin or val.bin")
+            raise ValueError(f"{self.path}: wrong magic {magic}, not {MAGIC} (ours) or {LLMC_MAGIC}"
+                             f" (llm.c); a file without a header must be train.bin or val.bin")
         if size == 0 or size % 2:
             raise ValueError(f"{self.path}: {size:,} bytes are no sequence of uint16 tokens "
                              f"(nanoGPT's format): truncated?")
@@ -118,10 +111,12 @@ class ShardWriter:
     """Writes one split to train_000000.bin, train_000001.bin, ... of shard_tokens tokens each; the
     header goes in last. `tokens`, `bytes` (of text) and `documents` count what was written."""
 
+    STATE = ("shards", "count", "tokens", "bytes", "documents")
+
     def __init__(self, folder, split, dtype, shard_tokens):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.itemsize = np.dtype(dtype).itemsize
-        self.shards, self.file = [], None  # the finished ones, and the one being written
+        self.shards, self.file, self.count = [], None, 0  # finished ones; the next, its tokens
         self.tokens = self.bytes = self.documents = 0
 
     def write(self, tokens, text_bytes):
@@ -157,10 +152,16 @@ class ShardWriter:
         self.file.seek(0)
         self.file.write(shard_header(self.count, self.itemsize))
         self._sync()
-        self.file.close()
-        self.file = None
+        self.abandon()
         checksum, _ = Shard(self.path).checksum()
         self.shards.append({"name": self.path.name, "tokens": self.count, "sha256": checksum})
+        self.count = 0
+
+    def abandon(self):
+        """Close the file of an unfinished shard."""
+        file, self.file = self.file, None
+        if file:
+            file.close()
 
     def _sync(self):
         self.file.flush()
@@ -170,18 +171,17 @@ class ShardWriter:
         """The state that `restore` needs. The tokens that it counts are on the disk."""
         if self.file:
             self._sync()
-        return {"shards": list(self.shards), "count": self.count if self.file else 0,
-                "tokens": self.tokens, "bytes": self.bytes, "documents": self.documents}
+        return {key: getattr(self, key) for key in self.STATE}
 
     def restore(self, state):
         """Continue from `state`. Raises ValueError, OSError or KeyError if a shard has changed."""
         for shard in state["shards"]:
             if len(Shard(self.folder / shard["name"])) != shard["tokens"]:
                 raise ValueError(f"{self.folder / shard['name']} has another number of tokens")
-        for key in ("shards", "tokens", "bytes", "documents"):
+        for key in self.STATE:
             setattr(self, key, state[key])
-        if state["count"]:
-            self._open(state["count"])
+        if self.count:
+            self._open(self.count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,8 +216,7 @@ class Split:
     def check_ids(self, shard, highest):
         if self.vocab_size is not None and highest >= self.vocab_size:
             raise ValueError(f"{shard.path}: token id {highest} is beyond vocab_size="
-                             f"{self.vocab_size}: wrong tokenizer for this model, or a damaged "
-                             f"shard")
+                             f"{self.vocab_size}: another tokenizer's, or a damaged shard")
 
 
 def require(record, **types):
@@ -277,8 +276,7 @@ class Dataset:
             raise FileNotFoundError(f"no dataset at {folder}: make it with `python prepare_data.py "
                                     f"PATH... --out {folder}`, or set --dataset to one that exists")
         if not self.folder.is_dir():
-            raise ValueError(f"{folder} is a file: a dataset is a folder of shards, "
-                             f"such as {self.folder.parent}")
+            raise ValueError(f"{folder} is a file: give its folder {self.folder.parent}")
         self.meta = read_meta(self.folder)
         if self.meta and vocab_size is not None and self.meta["vocab_size"] > vocab_size:
             needed = self.meta["vocab_size"]
@@ -314,8 +312,7 @@ class Dataset:
         split = Split(paths, block_size, vocab_size)
         if len(split) == 0:
             raise ValueError(f"{self.folder}: the {name} split has {split.tokens:,} tokens, less "
-                             f"than one window of block_size={block_size} + 1: use more data or a "
-                             f"smaller --block_size")
+                             f"than one window of {block_size} + 1: lower --block_size")
         return split
 
     def _foreign_tokenizer(self):

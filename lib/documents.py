@@ -43,11 +43,9 @@ def find_files(paths, site_packages=True, quiet=False):
             found += walk(given, site_packages, unread)
         elif not os.path.lexists(given):
             raise FileNotFoundError(f"{given} does not exist")
-        elif text_suffix(given) not in (*TEXT, LINES):
-            raise ValueError(f"{given} is not {KINDS}. For parquet and other formats give the "
-                             f"folder: python prepare_data.py --hf {given.parent}")
         elif not is_readable(given):
-            raise ValueError(f"{given} is not a regular file that you may read")
+            raise ValueError(f"{given} cannot be read: give a file that is {KINDS}. For parquet and "
+                             f"other formats: python prepare_data.py --hf {given.parent}")
         else:
             found.append((given, given))
     if unread and not quiet:

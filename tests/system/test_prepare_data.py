@@ -145,7 +145,7 @@ def test_gpt2(texts, tmp_path, needs_gpt2):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"", "no document fell into the train split"),
-    ("a.txt", b"just one document", "no document fell into the val split at --val-fraction 0.01"),
+    ("a.txt", b"just one document", "no document fell into the val split: give more"),
     ("a.txt", b"text\0more", "a.txt: not text but binary: it has NUL bytes"),
     ("a.txt", b"\xe9t\xe9", "a.txt: not UTF-8 text, or damaged"),
     ("a.txt", "text".encode("utf-16"), "a.txt: not UTF-8 text, or damaged"),
@@ -156,9 +156,9 @@ def test_gpt2(texts, tmp_path, needs_gpt2):
     ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl, line 2: not JSON"),
     ("a.txt.gz", b"not gzip", "a.txt.gz: not UTF-8 text, or damaged"),
     ("a.txt.gz", gzip.compress(b"text" * 1000)[:-10], "a.txt.gz: not UTF-8 text, or damaged"),
-    ("a.parquet", b"x", "give the folder: python prepare_data.py --hf "),
-    ("a.jsonl.zst", b"x", "give the folder: python prepare_data.py --hf "),
-    ("a.pdf", b"x", "a.pdf is not .txt, .md, .py, .jsonl, or one of these with .gz after it"),
+    ("a.parquet", b"x", "For parquet and other formats: python prepare_data.py --hf "),
+    ("a.jsonl.zst", b"x", "For parquet and other formats: python prepare_data.py --hf "),
+    ("a.pdf", b"x", "a.pdf cannot be read: give a file that is .txt, .md, .py, .jsonl, or one"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -169,8 +169,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, messa
 
 @pytest.mark.parametrize("options, message", [
     (["nowhere", "--out", "x"], "nowhere does not exist"),
-    ([ROOT / "configs", "--out", "x", "--val-fraction", "2"], "no document fell into the train"),
-    ([ROOT / "configs", "--out", "x", "--shard-tokens", "0"], "--shard-tokens 0 is out of range"),
+    ([ROOT / "configs", "--out", "x", "--val-fraction", "0"], "--val-fraction 0.0 or"),
+    ([ROOT / "configs", "--out", "x", "--shard-tokens", "0"], "--shard-tokens 0 is out of"),
     ([ROOT / "configs", "--out", "x", "--encoding", "ids"], "ids cannot tokenize text"),
 ])
 def test_bad_arguments(tmp_path, monkeypatch, options, message):
@@ -204,7 +204,7 @@ def test_a_folder_may_hold_other_things(tmp_path, capsys):
     assert good and sorted(documents) == sorted(texts + good)
 
     for name in ("dangling.txt", "pipe.jsonl"):
-        with pytest.raises(ValueError, match=f"{name} is not a regular file that you may read"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: give a file that is"):
             find_files([folder / name])
     with pytest.raises(ValueError, match="no file in .* For other formats: --hf FOLDER"):
         (tmp_path / "nothing").mkdir()
@@ -250,15 +250,15 @@ def test_names_that_standard_output_cannot_show(tmp_path):
     ("in/sub/..", "lies in the input"),
     ("in/out", "lies in the input"),
     ("link", "lies in the input"),
-    ("mine", "mine holds precious.txt: choose another --out, or remove it"),
-    ("mine/precious.txt", "is a file or a mount point"),
+    ("mine", "mine is not an empty folder: choose another --out, or remove it"),
+    ("mine/precious.txt", "precious.txt is not an empty folder"),
     ("dataset", "dataset holds a dataset: choose another --out, or remove it"),
     ("strange", "strange.partial/precious.txt was not written here: move it away"),
     ("work", "work.partial cannot be resumed"),
     ("shards", "shards.partial cannot be resumed"),
     ("locked", "locked.partial/lock is not a lock file of this program: move it away"),
     ("file", "file.partial"),
-    ("/proc", "is a file or a mount point"),
+    ("/proc", "/proc is not an empty folder"),
 ])
 def test_nothing_is_touched_that_was_not_written_here(tmp_path, dataset, out, message):
     folder = write_texts(tmp_path / "in", 30)
