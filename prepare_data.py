@@ -312,12 +312,7 @@ def parse_args(argv):
     add("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (100000000)")
     add("--workers", type=int, help="threads (default: all cores)")
     add("--skip-bad", action="store_true", help="skip and count bad files and records")
-    args = parser.parse_args(argv)
-    if args.hf and args.paths:
-        parser.error(f"--hf {args.hf} and {args.paths[0]}: give one source at a time")
-    if not args.out and (args.hf or args.paths or args.encoding not in (None, "bytes")):
-        parser.error("--out is missing: give the dataset's folder, such as --out data/NAME")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -328,6 +323,10 @@ def main(argv=None):
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
+        if args.hf and args.paths:
+            raise ValueError(f"--hf {args.hf} and {args.paths[0]}: give one source at a time")
+        if not args.out and (args.hf or args.paths or args.encoding not in (None, "bytes")):
+            raise ValueError("--out is missing: give the dataset's folder, such as data/NAME")
         if not (args.hf or args.paths):
             prepare_builtin(out, args.encoding or "bytes", **options)
             return

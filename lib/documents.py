@@ -44,8 +44,8 @@ def find_files(paths, site_packages=True, quiet=False):
         elif not os.path.lexists(given):
             raise FileNotFoundError(f"{given} does not exist")
         elif not is_readable(given):
-            raise ValueError(f"{given} cannot be read: give a file that is {KINDS}. For parquet and "
-                             f"other formats: python prepare_data.py --hf {given.parent}")
+            raise ValueError(f"{given} cannot be read: give a file that is {KINDS}. For parquet "
+                             f"and other formats: python prepare_data.py --hf {given.parent}")
         else:
             found.append((given, given))
     if unread and not quiet:
