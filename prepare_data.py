@@ -55,10 +55,12 @@ def is_validation(text, val_fraction):
 
 
 def default_max_document(files, val_fraction):
-    """The characters after which text files are cut: a power of two up to 2^20, and so few that one
-    long file has about ten held-out documents, too."""
-    size = sum(path.stat().st_size for path, _ in files if text_suffix(path) in TEXT)
-    wanted = max(256, int(size * val_fraction / 10))
+    """The characters after which text files are cut: 2^20, or a smaller power of two if there are
+    too few files, so that about ten documents are held out."""
+    sizes = [path.stat().st_size for path, _ in files if text_suffix(path) in TEXT]
+    if len(sizes) * val_fraction >= 10:
+        return 2 ** 20
+    wanted = max(256, int(sum(sizes) * val_fraction / 10))
     return min(2 ** 20, 2 ** (wanted.bit_length() - 1))
 
 

@@ -59,6 +59,7 @@ def find_files(paths, site_packages=True, quiet=False):
 def walk(given, site_packages, unread):
     """Yield (path, given) for each readable file below a folder; add the others to `unread`."""
     left_out = () if site_packages else ("site-packages", "dist-packages")
+
     def on_error(error):
         unread.append(error.filename)
 
@@ -145,7 +146,7 @@ class FileInput:
     def skip(self, reason, allowed=False):
         """Count what holds no text. Raises ValueError with the reason unless that is allowed."""
         if not (self.skip_bad or allowed):
-            raise ValueError(reason)
+            raise ValueError(reason) from None
         self.first_skipped = self.first_skipped if self.skipped else reason
         self.skipped += 1
 
@@ -175,6 +176,8 @@ class FileInput:
 class HubInput:
     """Every document of a Hugging Face dataset, by its name there or a local folder, streamed by
     the package datasets. A position is (records, 0). The rest is as in FileInput."""
+
+    skip = FileInput.skip
 
     def __init__(self, name, subset, split, revision, field="text", skip_bad=False):
         try:
@@ -208,11 +211,7 @@ class HubInput:
             try:
                 text = text_of(record, self.field)
             except ValueError as error:
-                reason = f"--hf {self.name}, record {self.done}: {error}"
-                if not self.skip_bad:
-                    raise ValueError(reason) from None
-                self.first_skipped = self.first_skipped if self.skipped else reason
-                self.skipped += 1
+                self.skip(f"--hf {self.name}, record {self.done}: {error}")
             else:
                 if text:
                     yield text, (self.done, 0)
