@@ -248,8 +248,9 @@ def tokenize(rounds, encoding_name, copies):
             for _ in range(copies):
                 f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         for threads in sorted({cores, 16}):
-            peak = subprocess.run([sys.executable, "-c", PEAK, source, "--encoding", encoding_name, "--out", f"{folder}/long",
-                                   "--workers", str(threads), "--overwrite"], check=True, cwd=ROOT, capture_output=True, text=True)
+            command = [sys.executable, "-c", PEAK, source, "--encoding", encoding_name,
+                       "--out", f"{folder}/long{threads}", "--workers", str(threads)]
+            peak = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
             print(f"peak memory on {copies * size / 1e6:.0f} MB of text with {threads} threads: "
                   f"{int(peak.stdout.split()[-1]) / 1024:.0f} MB")
 

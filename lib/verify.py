@@ -1,9 +1,10 @@
 """
-Check a finished dataset, all of it.
+Check all of a finished dataset.
 
   python -m lib.verify data/x
 
-Sizes, checksums and token ids, and that no validation document is in the training split, too.
+It checks sizes, checksums and token ids, and that no validation document is also in the training
+split (the same tokens from end to end; it does not look for near-duplicates).
 """
 import argparse
 import hashlib
@@ -11,11 +12,13 @@ import sys
 
 import numpy as np
 
-from lib.data import GPT2_VOCABULARY, Dataset, get_encoding
+from lib.data import GPT2_VOCABULARY, Dataset
+from lib.tokenizer import get_encoding
 
 
 def document_digests(split, end):
-    """The digest of every document of a Split, in order; token `end` stands between documents, which may span shards."""
+    """The digest of each document of a Split, in order. Token `end` separates documents, which may
+    span shards."""
     rest = []
     for block in (block for shard in split.shards for block in shard.blocks()):
         start = 0
@@ -30,39 +33,48 @@ def document_digests(split, end):
 
 
 def verify(folder):
-    """Check a finished dataset in full: sizes, checksums, token range, and that no validation document is in the training
-    split (the same tokens from end to end; near-duplicates are not looked for). The tokenizer, which may have to be downloaded, comes
-    last. Raises ValueError or FileNotFoundError."""
+    """Check a finished dataset in full and print a line. The tokenizer's vocabulary, which may need
+    a download, comes last. Raises ValueError or FileNotFoundError."""
     opened = Dataset(folder, block_size=1, verify=False)
-    known = opened.tokenizer
-    vocab_size = opened.meta["vocab_size"] if opened.meta else None if known == "ids" else GPT2_VOCABULARY
+    tokenizer = opened.tokenizer
+    vocab_size = None if tokenizer == "ids" else GPT2_VOCABULARY
+    if opened.meta:
+        vocab_size = opened.meta["vocab_size"]
     dataset = Dataset(folder, block_size=1, vocab_size=vocab_size, verify=True)
-    said = (f"{folder}: good: {dataset.train.tokens:,} training tokens in {len(dataset.train.shards)} shards, "
-            f"{dataset.val.tokens:,} validation tokens in {len(dataset.val.shards)}, ")
-    if known == "ids":
-        print(f"{said}tokenizer unknown: where documents end, and whether some are in both splits, cannot be told")
+    train, val = dataset.train, dataset.val
+    good = (f"{folder}: good: {train.tokens:,} training tokens in {len(train.shards)} shards, "
+            f"{val.tokens:,} validation tokens in {len(val.shards)}")
+    if tokenizer == "ids":
+        print(f"{good}; the tokenizer is unknown, so documents in both splits cannot be found")
         return
+
     try:
-        encoding = get_encoding(known)
+        encoding = get_encoding(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{folder}: sizes, checksums and token ids are good, but documents in both splits were not looked for: "
-                         f"{error}") from None
-    Dataset(folder, block_size=1, vocab_size=encoding.n_vocab, verify=False)  # meta.json's vocabulary may not be the tokenizer's
-    held_out = set(document_digests(dataset.val, encoding.eot_token))
-    leaked = held_out.intersection(document_digests(dataset.train, encoding.eot_token))
+        raise ValueError(f"{folder}: sizes, checksums and token ids are good, but documents in "
+                         f"both splits were not looked for: {error}") from None
+    # the vocabulary that meta.json names may be larger than the tokenizer's
+    Dataset(folder, block_size=1, vocab_size=encoding.n_vocab, verify=False)
+    held_out = set(document_digests(val, encoding.eot_token))
+    leaked = held_out.intersection(document_digests(train, encoding.eot_token))
     if leaked:
-        raise ValueError(f"{folder}: {len(leaked):,} of {len(held_out):,} validation documents are in the training split, too: "
-                         f"validation losses would flatter; make the dataset again")
-    print(f"{said}tokenizer {known}, {len(held_out):,} different validation documents, none of them in the training split")
+        raise ValueError(f"{folder}: {len(leaked):,} of {len(held_out):,} validation documents are "
+                         f"also in the training split, so validation losses would be too low: make "
+                         f"the dataset again")
+    print(f"{good}, tokenizer {tokenizer}, {len(held_out):,} different validation documents, none "
+          f"of them in the training split")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", help="a dataset of prepare_data.py's, or of another program's (docs/data.md)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER",
+                        help="a dataset, made by prepare_data.py or another program (docs/data.md)")
+    args = parser.parse_args(argv)
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be anything
     try:
-        verify(parser.parse_args(argv).folder)
+        verify(args.folder)
     except (ValueError, OSError) as error:
         sys.exit("error: " + str(error).replace("\n", "\\n"))
     except KeyboardInterrupt:

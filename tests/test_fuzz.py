@@ -1,6 +1,7 @@
 """
-Proves that arbitrary bytes where a shard, a meta.json, a config file, a command line, a log or a checkpoint should be end in one
-clear line or in exactly what an independent reader finds, never in a crash or in other tokens. Needs hypothesis.
+Proves that arbitrary bytes in place of a shard, a meta.json, a config file, a command line, a log
+or a checkpoint end in one clear line, or in exactly what an independent reader finds. They never
+end in a crash or in other tokens. Needs hypothesis.
 """
 import json
 import struct
@@ -16,35 +17,45 @@ from lib.checkpoint import load_checkpoint, log_before
 from lib.config import FIELDS, flat, load_config, read_config_file
 from lib.data import Dataset, Shard
 
-SETTINGS = settings(max_examples=300, deadline=None, derandomize=True,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-small = st.integers(-2, 40)
-headers = st.builds(lambda magic, version, count, size, rest: struct.pack("<4i", magic, version, count, size) + rest,
-                    st.sampled_from([20260526, 20240520, 20240521, 0]), st.sampled_from([1, 1, 1, 0, 2, -1]),
-                    st.one_of(small, st.integers(-2 ** 31, 2 ** 31 - 1)), st.sampled_from([2, 2, 4, 4, 0, 1, 3, -2]),
-                    st.sampled_from([bytes(1008), bytes(1008), bytes(100), b""]))
-shards = st.one_of(st.binary(max_size=200), st.builds(lambda header, body: header + body, headers, st.binary(max_size=160)))
+SETTINGS = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[
+    HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def one_line(error):
     return str(error) and "\n" not in str(error)
 
 
+# --------------------------------------------------------------------------------------------------
+# data
+
+headers = st.builds(
+    lambda magic, version, count, size, rest: struct.pack("<4i", magic, version, count, size) + rest,
+    st.sampled_from([20260526, 20240520, 20240521, 0]),
+    st.sampled_from([1, 1, 1, 0, 2, -1]),
+    st.one_of(st.integers(-2, 40), st.integers(-2 ** 31, 2 ** 31 - 1)),
+    st.sampled_from([2, 2, 4, 4, 0, 1, 3, -2]),
+    st.sampled_from([bytes(1008), bytes(1008), bytes(100), b""]))
+bodies = st.binary(max_size=160)
+shards = st.one_of(st.binary(max_size=200), st.builds(lambda h, body: h + body, headers, bodies))
+SHARD_NAMES = ["train.bin", "val.bin", "train_000000.bin", "fineweb_val_000001.bin"]
+
+
 def reference(name, content):
-    """The tokens by the formats' definitions, from struct alone; None if there are none."""
+    """The tokens by the formats' definitions, from struct only; None if there are none."""
     magic, version, count, size = struct.unpack("<4i", content[:16].ljust(16, b"\0"))
     if magic in (20260526, 20240520):
         size = 2 if magic == 20240520 else size
-        if version == 1 and size in (2, 4) and count >= 1 and len(content) == 1024 + count * size:
-            return list(struct.unpack(f"<{count}{'H' if size == 2 else 'I'}", content[1024:]))
+        is_whole = count >= 1 and len(content) == 1024 + count * size
+        if version == 1 and size in (2, 4) and is_whole:
+            kind = "H" if size == 2 else "I"
+            return list(struct.unpack(f"<{count}{kind}", content[1024:]))
     elif name in ("train.bin", "val.bin") and content and len(content) % 2 == 0:
         return list(struct.unpack(f"<{len(content) // 2}H", content))
     return None
 
 
 @SETTINGS
-@given(content=shards, name=st.sampled_from(["train.bin", "val.bin", "train_000000.bin", "fineweb_val_000001.bin"]))
+@given(content=shards, name=st.sampled_from(SHARD_NAMES))
 def test_shards(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
     try:
@@ -56,41 +67,52 @@ def test_shards(tmp_path, content, name):
     assert tokens == reference(name, content)
 
 
-json_leaves = st.one_of(st.none(), st.booleans(), st.integers(-5, 300), st.floats(), st.sampled_from(["", "x", "bytes", "gpt2", "../a"]))
-json_keys = st.sampled_from(["splits", "train", "val", "shards", "tokens", "bytes", "tokenizer", "vocab_size", "name", "sha256"])
-json_values = st.recursive(json_leaves, lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(json_keys, v)), max_leaves=8)
+JSON_KEYS = ["splits", "train", "val", "shards", "tokens", "bytes", "tokenizer", "vocab_size",
+             "name", "sha256"]
+json_leaves = st.one_of(st.none(), st.booleans(), st.integers(-5, 300), st.floats(),
+                        st.sampled_from(["", "x", "bytes", "gpt2", "../a"]))
+json_keys = st.sampled_from(JSON_KEYS)
+json_values = st.recursive(json_leaves, lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(json_keys, inner)), max_leaves=8)
+
+FIRST_SHARD = ("splits", "train", "shards", 0)
+PLACES_IN_META = [
+    ("tokenizer",), ("vocab_size",), ("splits",), ("splits", "train"), ("splits", "val", "shards"),
+    FIRST_SHARD, (*FIRST_SHARD, "name"), (*FIRST_SHARD, "tokens"), (*FIRST_SHARD, "sha256"),
+    ("splits", "val", "bytes"), ("splits", "val", "tokens")]
+texts = st.one_of(st.binary(max_size=50), json_values.map(lambda value: json.dumps(value).encode()))
 
 
 @SETTINGS
-@given(data=st.data())
-def test_datasets(dataset, tmp_path, data):
-    """A good meta.json with one value replaced by anything, or arbitrary text: a clear refusal, or the same tokens as before."""
-    folder, good = tmp_path / "copy", json.loads((dataset / "meta.json").read_text())
-    if not folder.exists():
-        folder.mkdir()
-        for path in dataset.glob("*.bin"):
+@given(place=st.sampled_from(PLACES_IN_META), value=json_values, text=st.none() | texts)
+def test_datasets(dataset, tmp_path, place, value, text):
+    """A good meta.json with one value replaced, or any text: an error, or the same tokens."""
+    folder = tmp_path / "copy"
+    folder.mkdir(exist_ok=True)
+    for path in dataset.glob("*.bin"):
+        if not (folder / path.name).exists():
             (folder / path.name).write_bytes(path.read_bytes())
-    if data.draw(st.booleans()):
-        first = ("splits", "train", "shards", 0)
-        meta, where = json.loads(json.dumps(good)), data.draw(st.sampled_from([
-            ("tokenizer",), ("vocab_size",), ("splits",), ("splits", "train"), ("splits", "val", "shards"), first, (*first, "name"),
-            (*first, "tokens"), (*first, "sha256"), ("splits", "val", "bytes"), ("splits", "val", "tokens")]))
-        inner = meta
-        for key in where[:-1]:
+    if text is None:
+        meta = inner = json.loads((dataset / "meta.json").read_bytes())
+        for key in place[:-1]:
             inner = inner[key]
-        inner[where[-1]] = data.draw(json_values)
-        (folder / "meta.json").write_text(json.dumps(meta))
-    else:
-        (folder / "meta.json").write_bytes(data.draw(st.one_of(st.binary(max_size=50), json_values.map(lambda v: json.dumps(v).encode()))))
+        inner[place[-1]] = value
+        text = json.dumps(meta).encode()
+    (folder / "meta.json").write_bytes(text)
+
     try:
         opened = Dataset(folder, 16, 257)
-        per_byte = opened.val_bytes_per_token
+        bytes_per_token = opened.val_bytes_per_token
     except (ValueError, FileNotFoundError) as error:
         assert one_line(error)
     else:
-        assert np.array_equal(*(next(d.train.shards[0].blocks()) for d in (opened, Dataset(dataset, 16, 257))))
-        assert per_byte is None or per_byte > 0
+        found, expected = (next(d.train.shards[0].blocks()) for d in (opened, Dataset(dataset, 16)))
+        assert np.array_equal(found, expected)
+        assert bytes_per_token is None or bytes_per_token > 0
 
+
+# --------------------------------------------------------------------------------------------------
+# configurations, checkpoints and logs
 
 expressions = st.one_of(st.text(max_size=12), json_values.map(repr), st.sampled_from(
     ["exit()", "1e400", "-" * 5000 + "1", "(" * 300, "{[]: 1}", "10**9", "__import__"]))
