@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.plain import PlainGPT
+from bench.plain import NanoGPT, PlainGPT
 from lib.config import load_config
 from lib.data import Split, get_encoding, shard_header, window_numbers
 from lib.disk import write_whole
@@ -37,7 +37,8 @@ from prepare_data import find_files, prepare
 from train import training_step
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {"plain": None,  # PlainGPT
+PEERS = {"nanoGPT": NanoGPT, "plain": PlainGPT}  # not of our modules; dense only
+VARIANTS = {**dict.fromkeys(PEERS),
             "none": {"scale_vectors": False},
             "baseline": {},
             "HG": {"scale_heterogeneous": True},
@@ -100,7 +101,7 @@ class Contestant:
         self.name, self.config, self.process, keys = name, config, process, VARIANTS[name]
         torch.manual_seed(0)
         with process.device:
-            self.model = PlainGPT(config.model) if keys is None else GPT(dataclasses.replace(config.model, **keys))
+            self.model = PEERS[name](config.model) if keys is None else GPT(dataclasses.replace(config.model, **keys))
         shares = keys is not None and first is not None
         if shares:
             matrices = {n: p for n, p in first.model.named_parameters() if n.endswith(".weight")}
@@ -175,7 +176,7 @@ def race(config, names, rounds, say):
     for c in contestants:
         rate = tokens / statistics.median(seconds[c.name])
         rows[c.name] = row = {"seconds": seconds[c.name], "tokens_per_s": rate, "memory": c.memory()}
-        for other in ("plain", "baseline"):
+        for other in ("nanoGPT", "plain", "baseline"):
             if other in seconds:
                 row[f"time_over_{other}"] = spread([a / b for a, b in zip(seconds[c.name], seconds[other])])
         if peak := process.peak_flops():
@@ -189,10 +190,10 @@ def race(config, names, rounds, say):
 
 def table(result):
     """The rows of a race, for people."""
-    lines = [f"{'':24s} {'time / baseline':>28s} {'time / plain':>28s} {'tokens/s':>10s} {'MFU':>6s} {'causal':>6s} {'peak GB':>8s}"]
+    lines = [f"{'':24s} {'time / baseline':>28s} {'time / nanoGPT':>28s} {'tokens/s':>10s} {'MFU':>6s} {'causal':>6s} {'peak GB':>8s}"]
     for name, row in result["variants"].items():
         ratios = [f"{r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f})" if (r := row.get(f"time_over_{other}")) else ""
-                  for other in ("baseline", "plain")]
+                  for other in ("baseline", "nanoGPT")]
         mfu = [f"{row[key]:.1%}" if key in row else "" for key in ("mfu", "mfu_causal")]
         memory = f"{row['memory']['allocated'] / 1e9:.2f}" if row["memory"] else ""
         lines.append(f"{name:24s} {ratios[0]:>28s} {ratios[1]:>28s} {row['tokens_per_s']:10,.0f} {mfu[0]:>6s} {mfu[1]:>6s} {memory:>8s}")
@@ -211,7 +212,7 @@ def train(argv, names, rounds, out):
 
     loaded, results = [load_config([path, *keys]) for path in configs], {"versions": versions(), "rounds": rounds, "races": {}}
     for path, config in zip(configs, loaded):
-        usable = [n for n in names if n != "plain" or not config.model.n_expert]  # a plain mixture is not ours to write
+        usable = [n for n in names if n not in PEERS or not config.model.n_expert]
         say(f"{path}: {config.batch_size} x {config.model.block_size} tokens, {config.gradient_accumulation_steps} micro-steps")
         results["races"][path] = result = race(config, usable, rounds, say)
         say(f"{table(result)}\n{result['graphs']} graphs, {result['recompiled_in_the_rounds']} more in the rounds; "

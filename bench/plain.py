@@ -1,6 +1,11 @@
 """
-The yardstick of bench/benchmark.py: the baseline's function as one writes it without this project, in nn.Linear, nn.RMSNorm and
-scaled_dot_product_attention, q, k, v in one matrix and gate, up in another. Float32 weights are cast where they are used.
+What bench/benchmark.py compares with: two models written without this project's modules.
+
+  PlainGPT   the baseline's function in nn.Linear, nn.RMSNorm and scaled_dot_product_attention
+  NanoGPT    nanoGPT's block at the same width and depth: LayerNorm, GELU of 4 x the width, learned
+             positions, a tied head
+
+q, k, v are one matrix, gate and up another. Float32 weights are cast where they are used.
 """
 import torch
 from torch import nn
@@ -22,6 +27,14 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, dim, eps):
+        super().__init__(dim, eps=eps, bias=False)
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=self.eps)
+
+
 class PlainBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -33,31 +46,61 @@ class PlainBlock(nn.Module):
 
     def forward(self, x, cos, sin):
         B, T, C = x.size()
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.qkv(self.norm1(x)).split(self.sizes, dim=-1))
-        q, k, v = (y.transpose(1, 2) for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) != q.size(1))
+        q, k, v = self.qkv(self.norm1(x)).split(self.sizes, dim=-1)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                           enable_gqa=k.size(1) != q.size(1))
         x = x + self.o(y.transpose(1, 2).reshape(B, T, C))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
+class NanoBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        C, self.n_head = c.n_embd, c.n_head
+        self.norm1, self.norm2 = LayerNorm(C, c.norm_eps), LayerNorm(C, c.norm_eps)
+        self.qkv, self.o = Linear(C, 3 * C), Linear(C, C)
+        self.fc, self.proj = Linear(C, 4 * C), Linear(4 * C, C)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.size()
+        q, k, v = self.qkv(self.norm1(x)).split(C, dim=-1)
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.proj(F.gelu(self.fc(self.norm2(x))))
+
+
 class PlainGPT(nn.Module):
-    """GPT's face for a training step. config: a dense model.GPTConfig, whose scale_* keys and Output-Norms are not looked at."""
+    """GPT's face for a training step. config: a dense model.GPTConfig, whose scale_* keys and
+    Output-Norms are not looked at."""
+    block, final_norm = PlainBlock, RMSNorm
 
     def __init__(self, config):
         super().__init__()
         self.config, self.compute_dtype, self.router_stats = config, None, None
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList([PlainBlock(config) for _ in range(config.n_layer)])
-        self.norm, self.head = RMSNorm(config.n_embd, config.norm_eps), Linear(config.n_embd, config.vocab_size)
+        self.layers = nn.ModuleList([self.block(config) for _ in range(config.n_layer)])
+        self.norm = self.final_norm(config.n_embd, config.norm_eps)
+        self.head = Linear(config.n_embd, config.vocab_size)
+        for name, table in zip(("cos", "sin"), rope_tables(config)):
+            self.register_buffer(name, table, persistent=False)
+        self.add_parameters()
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=config.init_std)
-        for name, table in zip(("cos", "sin"), rope_tables(config)):
-            self.register_buffer(name, table, persistent=False)
+
+    def add_parameters(self):
+        pass
+
+    def embed(self, idx):
+        return self.embedding(idx)
 
     def forward(self, idx, targets):
-        x = self.embedding(idx).to(self.compute_dtype)
+        x = self.embed(idx).to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x, self.cos[:idx.size(1)], self.sin[:idx.size(1)])
         return None, self.loss(x, targets)
@@ -72,12 +115,26 @@ class PlainGPT(nn.Module):
 
     def groups(self, weight_decay):
         """Parameter groups as optim.param_groups names them: all decayed."""
-        named = list(self.named_parameters())
-        hidden = [(n, p) for n, p in named if n.startswith("layers.") and p.ndim == 2]
-        others = [(n, p) for n, p in named if not (n.startswith("layers.") and p.ndim == 2)]
+        groups = {"hidden": [], "others": []}
+        for name, p in self.named_parameters():
+            hidden = name.startswith("layers.") and p.ndim == 2
+            groups["hidden" if hidden else "others"].append((name, p))
         return [{"name": name, "params": params, "weight_decay": weight_decay, "lr_scale": 1.0}
-                for name, params in (("hidden", hidden), ("others", others))]
+                for name, params in groups.items()]
 
     def flops_per_token(self, causal=False):
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.embedding.weight.numel()
-        return 6 * matrices + (6 if causal else 12) * self.config.n_layer * self.config.n_embd * self.config.block_size
+        c = self.config
+        products = {m.weight for m in self.modules() if isinstance(m, Linear)}
+        attention = (6 if causal else 12) * c.n_layer * c.n_embd * c.block_size
+        return 6 * sum(W.numel() for W in products) + attention
+
+
+class NanoGPT(PlainGPT):
+    block, final_norm = NanoBlock, LayerNorm
+
+    def add_parameters(self):
+        self.positions = nn.Embedding(self.config.block_size, self.config.n_embd)
+        self.head.weight = self.embedding.weight
+
+    def embed(self, idx):
+        return self.embedding(idx) + self.positions.weight[:idx.size(1)]

@@ -98,7 +98,7 @@ def test_interleave():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["train"], "which shape"), (["train", CONFIG, "--variants=best"], "--variants names 'best': choose among plain"),
+    (["train"], "which shape"), (["train", CONFIG, "--variants=best"], "--variants names 'best': choose among nanoGPT"),
     (["train", CONFIG, "--n_layr=2"], "unknown key 'n_layr'"), (["train", CONFIG, "--rounds=0"], "--rounds and --copies must be"),
     (["loader", "--n_layer=2"], "loader does not know --n_layer=2")])
 def test_refusals(argv, message):
