@@ -233,7 +233,7 @@ class MoE(nn.Module):
         loss, z-loss, load of each expert."""
         shape, x = x.size(), x.flatten(0, -2)  # (N, C)
         # in float32, because rounding must not reorder experts
-        logits = self.router(rms_norm(x.to(self.router.weight.dtype), self.eps))
+        logits = self.router(rms_norm(x, self.eps).to(self.router.weight.dtype))
         probabilities = logits.softmax(-1)
         weight, expert = probabilities.topk(self.n_active, dim=-1)  # (N, K)
 
