@@ -357,24 +357,24 @@ class GPT(nn.Module):
 
     def loss(self, x, targets):
         """Mean of -log softmax(logits)[target] in nats over the targets that are not -1.
-        x (B, T, C), targets (B, T) -> ().
-
-        Only W̃ x is kept of all that is as large as the logits, in the compute dtype. DNP's norm,
-        γ_a and the softmax exist in float32 for a chunk of rows at a time, and are recomputed in
-        the backward pass. Compiled, they are one loop that stores nothing, and need no chunks."""
-        y, targets = self.head_product(x).flatten(0, -2), targets.flatten()  # (N, V)
-        if torch.compiler.is_compiling():
-            total = self.summed_loss(y, targets)
-        else:
-            chunks = min(len(y), -(-y.numel() // CHUNK_ELEMENTS))
-            total = sum(self.recomputed(self.summed_loss, *rows)
-                        for rows in zip(y.chunk(chunks), targets.chunk(chunks)))
-        return total / (targets != -1).sum()
+        x (B, T, C), targets (B, T) -> (). Of all that is as large as the logits only W̃ x is kept,
+        in the compute dtype."""
+        y, targets = self.head_product(x).flatten(0, -2), targets.flatten()  # (N, V), (N,)
+        return self.summed_loss(y, targets) / (targets != -1).sum()
 
     def summed_loss(self, y, targets):
-        """Summed cross-entropy of rows y = W̃ x (n, V), in float32 or wider; targets (n,) -> ()."""
-        logits = self.logits(y if y.dtype == torch.float64 else y.float())
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        """The sum of that, from y = W̃ x. DNP's norm, γ_a and the softmax run in float32 or wider,
+        for a chunk of rows at a time, and again in the backward pass. Compiled, they are one loop
+        that stores nothing, and need no chunks."""
+        def cross_entropy(y, targets):
+            logits = self.logits(y if y.dtype == torch.float64 else y.float())
+            return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+
+        if torch.compiler.is_compiling():
+            return cross_entropy(y, targets)
+        chunks = min(len(y), -(-y.numel() // CHUNK_ELEMENTS))
+        return sum(self.recomputed(cross_entropy, *rows)
+                   for rows in zip(y.chunk(chunks), targets.chunk(chunks)))
 
     def recomputed(self, function, *args):
         """function(*args), run again in the backward pass instead of keeping what it computes."""

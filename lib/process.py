@@ -29,14 +29,16 @@ INDUCTOR_OPTIONS = {"realize_reads_threshold": 8, "realize_opcount_threshold": 6
 
 
 def compile_model(model, **how):
-    """torch.compile for each block and for the head with the loss. One graph serves all layers, so
-    the time to compile does not grow with depth. Experts in float32 are a loop whose shapes follow
-    the routing: they stay eager. how: arguments of torch.compile in place of ours."""
+    """torch.compile for each block, the head's product and the loss. One graph serves all layers,
+    so the time to compile does not grow with depth. Product and loss are two parts, because as one
+    Inductor would store float32 logits. Experts in float32 are a loop whose shapes follow the
+    routing: they stay eager. how: arguments of torch.compile in place of ours."""
     how = {"dynamic": False, "options": INDUCTOR_OPTIONS, **how}
     for layer in model.layers:
         looped = getattr(layer, "moe", False) and model.compute_dtype != torch.bfloat16
         (layer.attn if looped else layer).compile(**how)
-    model.loss = torch.compile(model.loss, **how)
+    for part in ("head_product", "summed_loss"):
+        setattr(model, part, torch.compile(getattr(model, part), **how))
 
 
 class Process:
