@@ -36,7 +36,7 @@ from lib.disk import sync_folder, write_whole
 from lib.documents import HubInput, Input, cut_for_both_splits, find_files, is_validation, text_suffix
 
 CHUNK_CHARS = 2 ** 18  # what one thread tokenizes at a time
-AGAIN = "make room and give the same command again"
+AGAIN = "give the same command again"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def prepare(files, out, encoding_name, source, val_fraction=0.01, field="text", 
         except BaseException as error:
             work.give_up()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise OSError(f"{partial} cannot be written ({error.strerror}): {AGAIN}") from None
+                raise OSError(f"{partial} cannot be written ({error.strerror}): make room and {AGAIN}") from None
             raise
     print(f"{out}: {meta['splits']['train']['tokens']:,} training and {meta['splits']['val']['tokens']:,} validation tokens "
           f"({encoding_name}) from {sum(s['documents'] for s in meta['splits'].values()):,} documents in {work.seconds:.1f} s, "

@@ -29,7 +29,7 @@ import torch
 
 from hf.from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
 from lib.checkpoint import save_checkpoint
-from lib.config import check_type, flat, known_key, load_config, parse_value, read_config_file
+from lib.config import check_type, known_key, load_config, parse_value, read_config_file, to_dict
 from lib.data import Dataset, get_encoding
 from norms import PLACEMENTS, fold_scale_vectors
 from sample import load_model
@@ -318,8 +318,8 @@ def import_run(folder, out, argv):
         config = load_config([str(temporary / "start.py")])
         dataset = Dataset(config.dataset, c.block_size, c.vocab_size)
         check_dataset_tokenizer(folder, dataset.tokenizer)
-        (temporary / "config.json").write_text(json.dumps(flat(config), indent=1))
-        save_checkpoint(temporary, 0, {"model": model.state_dict(), "optimizer": {}, "config": flat(config), "rng": [], "seconds": 0.0,
+        (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1))
+        save_checkpoint(temporary, 0, {"model": model.state_dict(), "optimizer": {}, "config": to_dict(config), "rng": [], "seconds": 0.0,
                                        "tokenizer": dataset.tokenizer, "data": {"sequences": 0, "train_tokens": dataset.train.tokens}}, 1)
     equal = ("not an equal function: DNP normalizes what the checkpoint does not" if changed
              else f"an equal function: logits differ by {difference:.1g}")
@@ -336,7 +336,7 @@ def given_keys(argv):
         key, given, text = flag[2:].partition("=")
         fixed[key] = parse_value(known_key(key, "the command line"), text if given else "True")
     values = {key: check_type(key, value) for key, value in {**values, **fixed}.items()}
-    for key in ("out_dir", "resume", "overwrite"):
+    for key in ("out_dir", "resume"):
         values.pop(key, None)
     return values, set(fixed) & set(values)
 

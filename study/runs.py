@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from lib.config import FIELDS, flat, load_config
+from lib.config import FIELDS, load_config, to_dict
 from lib.disk import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # keys that change what a run says, not what it finds; tokens_per_param is in max_iters
-NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
+NOT_SETTINGS = {"out_dir", "resume", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
                 "sample_prompt", "wandb_project", "dist_timeout", "tokens_per_param"}
 CODE = ("norms.py", "model.py", "optim.py", "train.py", "lib/data.py")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
@@ -36,7 +36,7 @@ STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is sa
 
 def settings_of(config):
     """{key: value} of all that decides what a run finds."""
-    return {key: value for key, value in flat(config).items() if key not in NOT_SETTINGS}
+    return {key: value for key, value in to_dict(config).items() if key not in NOT_SETTINGS}
 
 
 def code():

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_em
 PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")  # a fork may add others, of which tests of formulas know nothing
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # sums in one order, in this process as in those it starts: runs are compared bit for bit
 
 
@@ -81,14 +84,35 @@ def needs_gpt2():
 
 def run(program, *args, processes=0, check=True, **kwargs):
     """Run one of the project's programs as a user would. processes > 0: under torchrun."""
-    command = [sys.executable, program, *map(str, args)]
-    if processes:
-        command[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True, timeout=kwargs.pop("timeout", 300),
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}, **kwargs)
+    command = command_of(program, *args, processes=processes)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
+    done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True,
+                          timeout=kwargs.pop("timeout", 300), env=env, **kwargs)
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def command_of(program, *args, processes=0, restarts=0):
+    """The command line that starts a program, under torchrun for processes > 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                f"--max-restarts={restarts}"]
+    return [sys.executable, *(torchrun if processes else []), str(program), *map(str, args)]
+
+
+def launch(*args, processes=0, restarts=0, **kwargs):
+    """Start train.py and return at once."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
+    return subprocess.Popen(command_of("train.py", *args, processes=processes, restarts=restarts),
+                            cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def wait_for_step(process, step):
+    """Read what a run prints up to the line of this step."""
+    for line in process.stdout:
+        if line.startswith("step") and f" {step}/" in line:
+            return
+    raise AssertionError(process.stderr.read())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +120,7 @@ def run(program, *args, processes=0, check=True, **kwargs):
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=32", "--vocab_size=257", "--init_std=0",
          "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=12", "--warmup_iters=3", "--learning_rate=1e-2",
-         "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--device=cpu"]
+         "--eval_interval=5", "--eval_windows=16", "--log_interval=1", "--device=cpu"]
 UNIFIED_CONFIG = str(ROOT / "configs" / "unified.py")
 
 
@@ -146,7 +170,8 @@ def same_runs(a, b):
     assert all(torch.equal(tensor, state_b["model"][name]) for name, tensor in state_a["model"].items())
     assert all(torch.equal(tensor, state_b["optimizer"][name][key]) for name, moments in state_a["optimizer"].items()
                for key, tensor in moments.items())
-    logs = [[{k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")} for r in read_log(out)] for out in (a, b)]
+    logs = [[{k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")}
+             for r in read_log(out)] for out in (a, b)]
     assert logs[0] == logs[1]
 
 
