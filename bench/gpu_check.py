@@ -136,7 +136,7 @@ def runs(process, toy):
                                 *(TOY[:4] if toy else []), *args])
             if status:
                 raise RuntimeError(f"train.py ended with status {status}: {said.getvalue()[-500:]}")
-            log = [json.loads(line) for line in Path(folder, name, "log.jsonl").read_text().splitlines()]
+            log = [json.loads(line) for line in Path(folder, name, "log.jsonl").read_text("utf-8").splitlines()]
             losses[name] = [record["loss"] for record in log if record["event"] == "train"]
         run("first")
         run("again")

@@ -241,7 +241,7 @@ def write_docs(root=ROOT):
     """Fill the markers in README.md and docs/*.md. Returns the files that changed."""
     changed = []
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
-        text = path.read_text()
+        text = path.read_text("utf-8")
         if (new := fill(text, root / "results")) != text:
             write_whole(path, new)
             changed.append(path)

@@ -2,6 +2,7 @@
 Proves that a run survives odd machines: output that fails, signals to a whole group, file systems
 without locks, a lack of compilers, other encodings. Real pipes, signals and processes.
 """
+import ast
 import errno
 import fcntl
 import os
@@ -246,3 +247,24 @@ def test_the_environment_of_another_program(dataset, tmp_path, monkeypatch):
 
 def test_the_largest_seed_trains(dataset, tmp_path):
     trained(*start(tmp_path, dataset, "--max_iters=3", f"--seed={2 ** 63 - 1}"))
+
+
+def opens_without_encoding(call):
+    """True for open(), read_text(), write_text() and the like of a text file that leave the
+    encoding to the machine."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    place = {"open": 3, "fdopen": 3, "read_text": 0, "write_text": 1}.get(name)
+    if place is None or ast.unparse(call.func) in ("os.open", "gzip.open", "Image.open"):
+        return False
+    binary = place == 3 and "b'" in ast.unparse(call).partition(",")[2]  # the mode, as in 'rb'
+    return not (binary or len(call.args) > place or any(k.arg == "encoding" for k in call.keywords))
+
+
+def test_every_text_file_is_opened_with_its_encoding():
+    """Or a machine with another locale reads and writes other text."""
+    found = []
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] not in ("tests", "out", ".venv-ci"):
+            calls = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Call)]
+            found += [f"{path}:{c.lineno}" for c in calls if opens_without_encoding(c)]
+    assert not found
