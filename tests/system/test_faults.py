@@ -153,7 +153,7 @@ def test_preemption_under_torchrun(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("number", [
-    signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "stalled"])
+    signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_lost_process_ends_the_others(dataset, tmp_path, number):
     """A dead process is noticed at once, a silent one after dist_timeout. The other one saves its
     last whole step, and its error is one line."""
