@@ -14,6 +14,7 @@ import torch
 
 from lib.checkpoint import load_weights, newest_checkpoint
 from lib.data import get_encoding
+from lib.process import say
 from model import GPT, GPTConfig
 
 
@@ -24,7 +25,7 @@ def load_model(out_dir):
     if os.path.isdir(out_dir) and any(n.endswith(".safetensors") for n in os.listdir(out_dir)):
         from hf.from_hf import load_exported  # its packages are optional
         return load_exported(out_dir)
-    found = newest_checkpoint(out_dir, say=lambda line: print(line, file=sys.stderr))
+    found = newest_checkpoint(out_dir, sys.stderr)
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {out_dir}: train first (python train.py "
                                 f"configs/quickstart.py), or set --out_dir")
@@ -68,6 +69,15 @@ def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=
     show(decoder.decode(b"", final=True) + "\n")
 
 
+def print_sample(model, encoding, prompt, max_new_tokens):
+    """A sample at the end of a run, which is done whether this succeeds or not."""
+    try:
+        show(f"\na sample, with the prompt {prompt!r}:\n{'-' * 80}\n")
+        stream_text(model.eval(), encoding, prompt, max_new_tokens)
+    except (KeyboardInterrupt, ValueError, OSError) as error:
+        say(f"no sample: {str(error) or 'interrupted'}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,8 +100,7 @@ def main(argv=None):
             print(f"--- sample {seed - args.seed + 1} after {step} steps, seed {seed} ---")
             stream_text(model, encoding, args.prompt, args.max_new_tokens, args.temperature,
                         args.top_k, seed)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        # the last two are torch's, for a device that is not there
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch's: no such device
         sys.exit(f"error: {str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
         print(file=sys.stderr)

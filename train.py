@@ -35,7 +35,7 @@ from lib.log import RunLog, describe, start_wandb, summarize
 from lib.process import Process, compile_model, hard_exit, report, say, stop_signals, to_device
 from model import GPT
 from prepare_data import prepare_builtin
-from sample import stream_text
+from sample import print_sample
 
 EXIT_STOPPED = 75  # after a signal, with the checkpoint saved ("try again" in sysexits.h)
 
@@ -125,7 +125,7 @@ def set_up(config, process, dataset, log):
 
 
 def resume(run, path):
-    """Continue the run of a checkpoint: weights, moments, step and position in the data. Raises
+    """Continue a checkpoint's run: weights, moments, step, position in the data, seconds. Raises
     ValueError if it has made more steps than the configuration asks for."""
     config, state = run.config, load_checkpoint(path)
     load_weights(run.model, state, path)
@@ -140,7 +140,7 @@ def resume(run, path):
         raise ValueError(f"{path} has made {run.step} steps, and max_iters={config.max_iters}: "
                          f"set --max_iters={run.step} or more, or choose another --out_dir")
     run.log.say(f"resuming from {path} at step {run.step}")
-    if changed := changed_keys(config, run.dataset.train.tokens, state):
+    if changed := changed_keys(config, run.dataset, path, state):
         run.log.say(f"changed since the checkpoint: {', '.join(changed)}")
 
 
@@ -169,7 +169,7 @@ def train(config, process):
     dataset = open_dataset(config, process)
     encoding = get_encoding(dataset.tokenizer) if config.sample_tokens else None
     with contextlib.closing(RunLog(config, process)) as log:
-        checkpoint = process.on_main_then_all(lambda: log.lock_and_check(dataset.tokenizer))
+        checkpoint = process.on_main_then_all(lambda: log.lock_and_check(dataset))
         run = set_up(config, process, dataset, log)
         if checkpoint:
             resume(run, checkpoint)
@@ -186,7 +186,7 @@ def train(config, process):
         if process.is_main:
             summarize(run, *result)
             if encoding:
-                show_sample(run, encoding)
+                print_sample(run.model, encoding, config.sample_prompt, config.sample_tokens)
         if process.world_size > 1:
             dist.barrier()  # leave together: a process that is gone looks like a failure
     return 0
@@ -235,23 +235,11 @@ def is_due(step, interval):
 def open_dataset(config, process):
     """The dataset, made first if it is the built-in one and missing. The main process checks all
     of it, the others only its headers."""
-    shape = config.model.block_size, config.model.vocab_size
-
-    def prepare_and_check():
-        if config.dataset == BUILTIN and not Path(BUILTIN).exists():
-            prepare_builtin(BUILTIN)
-        Dataset(config.dataset, *shape)
-    process.on_main_then_all(prepare_and_check)
-    return Dataset(config.dataset, *shape, verify=False)
-
-
-def show_sample(run, encoding):
-    prompt = run.config.sample_prompt
-    say(f"\na sample, with the prompt {prompt!r}:\n" + "-" * 80)
-    try:
-        stream_text(run.model.eval(), encoding, prompt, run.config.sample_tokens)
-    except (KeyboardInterrupt, ValueError, OSError) as error:  # the run is done all the same
-        say(f"no sample: {str(error) or 'interrupted'}")
+    where = config.dataset, config.model.block_size, config.model.vocab_size
+    if config.dataset == BUILTIN and not Path(BUILTIN).exists():
+        process.on_main_then_all(lambda: prepare_builtin(BUILTIN))
+    process.on_main_then_all(lambda: Dataset(*where) and None)
+    return Dataset(*where, verify=False)
 
 
 def main(argv):

@@ -5,7 +5,7 @@ Checkpoints: written whole, validated on load, and nothing in them runs code.
   load_checkpoint     read one: format number and every byte against its CRC-32
   newest_checkpoint   the newest that is whole
   load_weights        its weights into a model, by name and shape
-  check_same_run, changed_keys   what a resumed run may not change, and what it has changed
+  changed_keys        what a resumed run has changed, and may
 """
 import re
 import zipfile
@@ -15,17 +15,18 @@ import torch
 
 from lib.config import to_dict
 from lib.disk import write_whole
+from lib.process import say
 
 FORMAT = 3
 NAME = re.compile(r"ckpt_(\d{7}|[1-9]\d{7,})\.pt")
-# of the model's keys, those that a resumed run may change; of the others, those that it may not
-MAY_CHANGE = ("scale_execution", "recompute", "load_balance_coef", "router_z_coef")
-MUST_STAY = ("optimizer", "seed")
+# the keys of the model that a resumed run may change
+MAY_CHANGE = {"scale_execution", "recompute", "load_balance_coef", "router_z_coef"}
 
 
 def checkpoints(out_dir):
-    """The checkpoints in out_dir, oldest first. Other files' names are not ours."""
-    return sorted((p for p in Path(out_dir).glob("ckpt_*.pt") if NAME.fullmatch(p.name)), key=step_of)
+    """The checkpoints in out_dir, oldest first. Files of other names are not ours."""
+    found = [p for p in Path(out_dir).glob("ckpt_*.pt") if NAME.fullmatch(p.name)]
+    return sorted(found, key=step_of)
 
 
 def step_of(path):
@@ -69,16 +70,16 @@ def load_checkpoint(path):
         raise ValueError(f"{path} cannot be used: {reason[0]}") from None
 
 
-def newest_checkpoint(out_dir, say=print):
+def newest_checkpoint(out_dir, stream=None):
     """(path, state) of the newest checkpoint that is whole, or None if out_dir has none at all.
 
-    Says which damaged ones it passes over. Raises ValueError if all are damaged."""
+    Prints which damaged ones it passes over. Raises ValueError if all are damaged."""
     found = checkpoints(out_dir)
     for path in reversed(found):
         try:
             return path, load_checkpoint(path)
         except ValueError as error:
-            say(f"passing over a checkpoint: {error}")
+            say(f"passing over a checkpoint: {error}", stream)
     if found:
         raise ValueError(f"{out_dir}: none of its {len(found)} checkpoints is whole: "
                          f"choose another --out_dir")
@@ -92,25 +93,19 @@ def load_weights(model, state, path):
         was, now = (tuple(w[name].shape) if name in w else None for w in (theirs, ours))
         if was != now:
             raise ValueError(f"{path} cannot be used: {name} has shape {was} in it and {now} in "
-                             f"the model")
+                             f"the model: use the code that wrote it")
     model.load_state_dict(theirs)
 
 
-def check_same_run(config, tokenizer, path, state):
-    """Raise ValueError, with the names, if a key differs that a resumed run cannot change."""
-    model = [key for key in vars(config.model) if key not in MAY_CHANGE]
-    now = {key: to_dict(config)[key] for key in (*model, *MUST_STAY)} | {"tokenizer": tokenizer}
-    was = {**state["config"], "tokenizer": state["tokenizer"]}
-    changed = [f"{key}={was.get(key)!r} (now {value!r})"
-               for key, value in now.items() if was.get(key) != value]
-    if changed:
-        raise ValueError(f"{path} is a checkpoint of another run: {', '.join(changed)}: resume "
-                         f"with its configuration, or choose another --out_dir")
-
-
-def changed_keys(config, train_tokens, state):
-    """["learning_rate=0.001 (was 0.002)", ...] of a resumed run."""
-    now = {**to_dict(config), "train_tokens": train_tokens}
-    was = {**state["config"], "train_tokens": state["data"]["train_tokens"]}
-    return [f"{key}={value!r} (was {was.get(key)!r})" for key, value in now.items()
-            if was.get(key) != value and key not in ("out_dir", "resume")]
+def changed_keys(config, dataset, path, state):
+    """["learning_rate=0.001 (was 0.002)", ...] of a resumed run. Raises ValueError if a key has
+    changed that makes it another run."""
+    was = {**state["config"], **state["data"], "tokenizer": state["tokenizer"]}
+    now = {**to_dict(config), "train_tokens": dataset.train.tokens, "tokenizer": dataset.tokenizer}
+    changed = [key for key, value in now.items()
+               if was.get(key) != value and key not in ("out_dir", "resume")]
+    stays = {*vars(config.model), "optimizer", "seed", "tokenizer"} - MAY_CHANGE
+    if other := [f"{k}={was.get(k)!r} (now {now[k]!r})" for k in changed if k in stays]:
+        raise ValueError(f"{path} is a checkpoint of another run: {', '.join(other)}: resume with "
+                         f"its configuration, or choose another --out_dir")
+    return [f"{key}={now[key]!r} (was {was.get(key)!r})" for key in changed]

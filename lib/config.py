@@ -83,7 +83,7 @@ class TrainConfig:
         check_values(self)
         self.out_dir = expand_path("out_dir", self.out_dir)
         self.dataset = expand_path("dataset", self.dataset)
-        if self.min_lr == -1:
+        if self.min_lr < 0:
             self.min_lr = self.learning_rate / 20 if self.schedule == "cosine" else 0.0
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr:g} is above learning_rate="
@@ -102,16 +102,11 @@ CHOICES = {"optimizer": OPTIMIZERS, "scale_weight_decay": tuple(SCALE_DECAY_POLI
            "schedule": SCHEDULES, "decay_shape": DECAY_SHAPES,
            "device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
            "compile": ("auto", True, False)}
-BELOW_1 = 1 - 1e-9
-# key: (least, most)
-RANGES = {
-    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "max_bad_steps",
-                     "eval_windows", "log_interval", "dist_timeout"), (1, math.inf)),
-    **dict.fromkeys(("checkpoint_interval", "max_iters", "learning_rate", "weight_decay",
-                     "grad_clip", "warmup_iters", "eval_interval", "sample_tokens", "scale_lr"),
-                    (0, math.inf)),
-    **dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0, BELOW_1)),
-    "decay_share": (0, 1), "seed": (0, 2 ** 63 - 1)}
+AT_LEAST_1 = ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "max_bad_steps",
+              "eval_windows", "log_interval", "dist_timeout")
+RANGES = {**dict.fromkeys(AT_LEAST_1, (1, math.inf)), "decay_share": (0, 1),
+          **dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0, 1 - 1e-9)),
+          "seed": (0, 2 ** 63 - 1), "min_lr": (-1, math.inf)}  # of all others: at least 0
 FIELDS = {f.name: f for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig))
           if f.name not in ("model", "token_budget", "long_warmup")}
 
@@ -123,12 +118,11 @@ def check_values(c):
             names = [str(choice) for choice in choices]
             raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(names)}"
                              f"{nearest(str(value), names)}")
-    for key, (least, most) in RANGES.items():
-        if not least <= getattr(c, key) <= most:
+    for key, value in vars(c).items():
+        least, most = RANGES.get(key, (0, math.inf))
+        if type(value) in (int, float) and not least <= value <= most:
             limit = f"at least {least}" if most == math.inf else f"between {least} and {most:g}"
-            raise ValueError(f"{key}={getattr(c, key)} must be {limit}")
-    if c.min_lr < 0 and c.min_lr != -1:
-        raise ValueError(f"min_lr={c.min_lr} must be at least 0, or -1 for the paper's")
+            raise ValueError(f"{key}={value} must be {limit}")
 
 
 # ---------------------------------------------------------------------------------------------

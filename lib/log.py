@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import check_same_run, checkpoints, newest_checkpoint, save_checkpoint
+from lib.checkpoint import changed_keys, checkpoints, newest_checkpoint, save_checkpoint
 from lib.config import to_dict, tokens_per_step
-from lib.disk import cannot_write, hold, release, sync_folder, write_whole
+from lib.disk import cannot_write, hold, release, write_whole
 from lib.process import attention_backend, say
 from norms import named_scale_vectors
 from optim import optimizer_state
@@ -40,7 +40,7 @@ class RunLog:
         self.began = None  # the number of the second step and its time: the first one may compile
         self.steps, self.seconds = 0, 0.0  # since the last progress line
 
-    def lock_and_check(self, tokenizer):
+    def lock_and_check(self, dataset):
         """Returns the checkpoint to resume from, or None. Raises ValueError if the folder cannot
         be used."""
         config, out, where = self.config, self.out, f"out_dir={self.config.out_dir!r}"
@@ -58,10 +58,10 @@ class RunLog:
         except OSError as error:
             raise ValueError(f"{where} cannot be written ({error.strerror}): choose another "
                              f"--out_dir") from None
-        newest = newest_checkpoint(out, say) if config.resume else None
+        newest = newest_checkpoint(out) if config.resume else None
         if newest:
-            check_same_run(config, tokenizer, *newest)
-        elif held and ("summary.json" in held or not is_log(out / "log.jsonl")):
+            changed_keys(config, dataset, *newest)
+        elif held and (held[-1] != "log.jsonl" or not is_log(out / "log.jsonl")):
             raise ValueError(f"{where} holds {held[-1]} and no checkpoint: choose another "
                              f"--out_dir")
         elif held:
@@ -69,7 +69,7 @@ class RunLog:
         if "log.jsonl" in held:
             self.old_lines = lines_before(out / "log.jsonl", newest[1]["step"] if newest else 0)
             self.leftovers = [*out.glob("ckpt_*.pt.tmp"), out / "summary.json"]
-        return str(newest[0]) if newest else None
+        return newest and newest[0]
 
     def flush(self):
         """Every event is in the file when this returns. The first call makes the file: what comes
@@ -96,10 +96,10 @@ class RunLog:
         save_checkpoint(self.out, step, state, self.config.keep_checkpoints)
 
     def close(self):
-        if self.file:
-            self.file.close()
         if self.lock:
             release(self.lock)
+        if self.file:
+            self.file.close()
 
     def say(self, text):
         if self.process.is_main:
@@ -171,11 +171,10 @@ class RunLog:
         from which none was finite is renamed: a resume takes the one before."""
         if self.bad_steps < most:
             return
-        path = self.out / f"ckpt_{step + 1 - self.bad_steps:07d}.pt"
-        ruined = self.bad_steps >= self.config.max_bad_steps and path.exists()
-        if ruined and self.process.is_main:
-            os.rename(path, f"{path}.bad")
-            sync_folder(self.out)
+        ruined = self.out / f"ckpt_{step + 1 - self.bad_steps:07d}.pt"
+        whole = self.bad_steps < self.config.max_bad_steps or not ruined.exists()
+        if self.process.is_main and not whole:
+            os.rename(ruined, f"{ruined}.bad")
         raise FloatingPointError(
             f"{self.bad_steps} steps in a row up to step {step} were not finite (max_bad_steps="
             f"{self.config.max_bad_steps}): stopped. The last checkpoint is "

@@ -50,12 +50,9 @@ class Process:
     def start(self, config):
         """Choose device, dtype and whether to compile; join the others. Raises ValueError if
         this machine lacks the device."""
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                     "cpu": True}
-        kind = config.device
-        if kind == "auto":
-            kind = next(k for k in available if available[k])
-        if not available[kind]:
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        kind = [*there, "cpu"][0] if config.device == "auto" else config.device
+        if kind not in [*there, "cpu"]:
             raise ValueError(f"device={kind!r} is not available on this machine: use --device=auto")
         if kind == "mps" and self.world_size > 1:
             raise ValueError("device='mps' cannot run several processes: start without torchrun, "

@@ -49,7 +49,7 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["configs/quickstart.py", "max_iters", "3"], "one config file at most"),
     (["--dataset=data/none", *SHORT], "no dataset at data/none: make it with"),
     (["--min_lr=2e-3", *SHORT], "min_lr=0.002 is above learning_rate=0.001"),
-    (["--min_lr=-0.5"], "min_lr=-0.5 must be at least 0, or -1 for the paper's"),
+    (["--min_lr=-2"], "min_lr=-2.0 must be at least -1"),
     (["--n_expert=4", "--n_layer=3", "--n_dense_layer=3"], "n_dense_layer=3"),
     (["--out_dir=", *SHORT], "out_dir='' is empty"),
     (["--out_dir=~nobody_here/x", *SHORT], "out_dir='~nobody_here/x' names no home folder"),

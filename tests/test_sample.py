@@ -9,19 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
 
 import sample
 from lib.data import get_encoding
 from sample import load_model, stream_text
 
 
-def test_sample(undisturbed):
+def test_sample(undisturbed, capsys):
     out, _ = undisturbed
     args = [f"--out_dir={out}", "--prompt=1 + 2 = ", "--max_new_tokens=20", "--num_samples=2",
             "--seed=3"]
-    first, second = (run("sample.py", *args).stdout for _ in range(2))
-    assert first == second and first.count("1 + 2 = ") == 2
+    sample.main(args)
+    first = capsys.readouterr().out
+    sample.main(args)
+    assert first == capsys.readouterr().out and first.count("1 + 2 = ") == 2
     assert "--- sample 1 after 12 steps, seed 3 ---" in first
 
 
@@ -75,9 +76,8 @@ def test_a_prompt_of_another_tokenizer_is_one_line():
 
 
 def test_errors(tmp_path):
-    done = run("sample.py", f"--out_dir={tmp_path}", check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: no checkpoint in")
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(SystemExit, match="^error: no checkpoint in"):
+        sample.main([f"--out_dir={tmp_path}"])
     for wrong in ("--temperature=-1", "--num_samples=-2"):
         with pytest.raises(SystemExit, match="cannot be negative"):
             sample.main([wrong])

@@ -27,6 +27,7 @@ from conftest import (
 )
 from test_train import at_step
 
+import sample
 import train as program
 from lib.checkpoint import newest_checkpoint, save_checkpoint
 from lib.disk import sync_folder, write_whole
@@ -131,7 +132,7 @@ def test_a_sample_that_fails_does_not_fail_the_run(dataset, tmp_path, monkeypatc
     for name, action, message in (
             ("a", lambda *args: signal.raise_signal(signal.SIGINT), "no sample: interrupted"),
             ("b", bad_prompt, "no sample: the prompt has token id 300")):
-        monkeypatch.setattr(program, "stream_text", action)
+        monkeypatch.setattr(sample, "stream_text", action)
         args = start(tmp_path / name, dataset, "--sample_tokens=5", "--max_iters=3")
         assert message in trained(*args) and (tmp_path / name / "summary.json").exists()
 

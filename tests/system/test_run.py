@@ -70,18 +70,18 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
     assert load_checkpoint(path)["step"] == 1
 
 
-def test_the_newest_good_one_is_found(tmp_path):
+def test_the_newest_good_one_is_found(tmp_path, capsys):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, STATE, keep=3)
     (tmp_path / "ckpt_0000003.pt").write_bytes(b"half")
     (tmp_path / "ckpt_0000004.pt.tmp").write_bytes(b"never renamed")
-    printed = []
-    assert newest_checkpoint(tmp_path, printed.append)[1]["step"] == 2
-    assert len(printed) == 1 and "ckpt_0000003.pt cannot be used" in printed[0]
+    assert newest_checkpoint(tmp_path)[1]["step"] == 2
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "ckpt_0000003.pt cannot be used" in printed
     for path in checkpoints(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="none of its 3 checkpoints is whole"):
-        newest_checkpoint(tmp_path, printed.append)
+        newest_checkpoint(tmp_path)
     assert newest_checkpoint(tmp_path / "elsewhere") is None
 
 
