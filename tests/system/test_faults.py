@@ -74,13 +74,13 @@ def kill_at_random(process, out, rng):
     process.wait()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills(dataset, tmp_path, kills):
     """Every second kill waits for a checkpoint that is being written, the others come at a random
     moment. Each run goes on from the last checkpoint, and the end is the undisturbed one's."""
     steps = 10 * kills + 6
     args = [UNIFIED_CONFIG, *MUON_MIXTURE, f"--max_iters={steps}", "--eval_interval=50",
-            "--n_embd=128", "--d_ff=384"]
+            "--n_embd=64", "--d_ff=384"]
     out, rng = tmp_path / "killed", random.Random(5)
     for kill in range(kills):
         process = launch(*start(out, dataset, *args, "--checkpoint_interval=1", "--resume"))
@@ -117,7 +117,7 @@ def test_ctrl_c_and_another_process(dataset, tmp_path):
 def test_torchrun_restarts_a_run(dataset, tmp_path, processes):
     """One of two processes is killed: torchrun's restart continues the run, which was started
     without --resume. It ends as an undisturbed one: on one process to 1e-4, on two bit for bit."""
-    args = [UNIFIED_CONFIG, *MUON_MIXTURE, "--max_iters=30", "--checkpoint_interval=5",
+    args = [UNIFIED_CONFIG, *MUON_MIXTURE, "--max_iters=20", "--checkpoint_interval=5",
             "--eval_interval=25", "--load_balance_coef=0"]
     process = launch(*start(tmp_path / "killed", dataset, *args), processes=2, restarts=1)
     wait_for_step(process, 12)
@@ -152,8 +152,8 @@ def test_preemption_under_torchrun(dataset, tmp_path):
     assert [r["step"] for r in read_log(tmp_path, "train")] == list(range(step + 3))
 
 
-@pytest.mark.parametrize("number", [
-    signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_ends_the_others(dataset, tmp_path, number):
     """A dead process is noticed at once, a silent one after dist_timeout. The other one saves its
     last whole step, and its error is one line."""
