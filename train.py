@@ -4,13 +4,11 @@ Pre-training, on one CPU, one GPU, or many under torchrun.
   python train.py configs/quickstart.py
   python train.py configs/quickstart.py --learning_rate=3e-3 --out_dir=out/x
   torchrun --nproc_per_node=8 train.py configs/unified_350m.py
-  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-      train.py configs/unified_350m.py
 
 A config is a Python file that assigns values to the keys of lib/config.py and of GPTConfig in
 model.py; --key=value overrides it, and a bare --key means True. The global batch is batch_size x
-gradient_accumulation_steps sequences however many processes share it, and step s sees the same
-sequences on 1, 2 or 8. A step's number is the count of updates made before it.
+gradient_accumulation_steps sequences however many processes share it, and step s, after s updates,
+sees the same sequences on 1, 2 or 8.
 
   training_step    one update: everything that happens in it
   evaluate         the loss on the validation split, always of the same windows
@@ -25,10 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
 import optim
-from lib.checkpoint import changed_keys, load_checkpoint, load_weights
+from lib.checkpoint import changed_keys, check_finite, load_checkpoint, load_weights
 from lib.config import BUILTIN, describe_keys, load_config, share_batch, to_dict, tokens_per_step
 from lib.data import Dataset, get_encoding, window_numbers
 from lib.log import RunLog, describe, start_wandb, summarize
@@ -82,18 +79,15 @@ def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, s
     loss, grad_norm, stop, *routers = (n / process.world_size for n in process.sum(numbers))
     if math.isfinite(loss) and math.isfinite(grad_norm):
         optimizer.step()
-    # under DDP gradients stay views of its buckets
-    optimizer.zero_grad(set_to_none=process.world_size == 1)
+    optimizer.zero_grad(set_to_none=process.world_size == 1)  # under DDP they stay bucket views
     return loss, grad_norm, stop > 0, routers
 
 
 @torch.no_grad()
 def evaluate(model, split, config, process):
-    """Mean loss, nats per token, over eval_windows windows spread evenly over the split, or over
-    all of a smaller one. Processes share them by micro-batches of training's size; the last one is
-    filled up with windows whose targets do not count."""
-    count = min(len(split), config.eval_windows)
-    size, _ = share_batch(config, process.world_size)
+    """Mean loss, nats per token, over eval_windows windows spread evenly over the split, at most
+    all. Processes share them by micro-batches; what fills up the last one does not count."""
+    count, (size, _) = min(len(split), config.eval_windows), share_batch(config, process.world_size)
     windows = [i * len(split) // count for i in range(count)]
     total = torch.zeros(1, device=process.device)
     model.eval()
@@ -118,8 +112,7 @@ def set_up(config, process, dataset, log):
                                      fused=process.device.type == "cuda")
     return SimpleNamespace(
         config=config, process=process, dataset=dataset, log=log, model=model, optimizer=optimizer,
-        step=0,  # updates made
-        saved=0,  # the step of the last checkpoint
+        step=0, saved=0,  # updates made; the step of the last checkpoint
         sequences=0,  # seen so far: the position in the data
         started=time.monotonic())  # of a resumed run: as if it had never been interrupted
 
@@ -146,15 +139,12 @@ def resume(run, path):
 
 def save(run):
     """Write a checkpoint, unless this step has one or the last steps were not finite. Returns
-    whether this step is saved. Raises FloatingPointError if a weight or a moment is not finite."""
+    whether it has one now. Raises FloatingPointError if a weight or a moment is not finite."""
     if run.step == run.saved or run.log.bad_steps:
         return run.step == run.saved
     run.saved = run.step  # also if it fails: it is not tried again
     moments = optim.optimizer_state(run.optimizer)
-    tensors = [*run.model.parameters(), *(t for m in moments.values() for t in m.values())]
-    if not all(t.isfinite().all() for t in tensors):
-        raise FloatingPointError(f"the weights after {run.step} steps were not finite: stopped, "
-                                 f"and not saved; resume with a lower --learning_rate")
+    check_finite(run.step, {"weights": run.model.state_dict(), **moments})
     if run.process.is_main:
         run.log.save(run.step, {
             "model": run.model.state_dict(), "optimizer": moments, "config": to_dict(run.config),
@@ -185,10 +175,8 @@ def train(config, process):
             return EXIT_STOPPED
         if process.is_main:
             summarize(run, *result)
-            if encoding:
-                print_sample(run.model, encoding, config.sample_prompt, config.sample_tokens)
-        if process.world_size > 1:
-            dist.barrier()  # leave together: a process that is gone looks like a failure
+        if process.is_main and encoding:
+            print_sample(run.model, encoding, config.sample_prompt, config.sample_tokens)
     return 0
 
 
@@ -201,26 +189,26 @@ def loop(run, stops):
             last = run.step >= config.max_iters
             if last:
                 log.check_bad_steps(run.step - 1, most=1)
-            if last or is_due(run.step, config.checkpoint_interval):
+            if last or config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
                 save(run)
-            if last or is_due(run.step, config.eval_interval):
+            if last or config.eval_interval and run.step % config.eval_interval == 0:
                 val_loss = evaluate(run.model, run.dataset.val, config, process)
                 val_bpb = log.evaluation(run, val_loss)
             if last:
                 return val_loss, val_bpb
-
             began, lr = time.monotonic(), optim.learning_rate(run.step, config)
-            # the model draws no random numbers; a fork with dropout resumes exactly all the same
+            # no random numbers are drawn here; a fork with dropout resumes exactly all the same
             torch.manual_seed(config.seed + run.step * process.world_size + process.rank)
             loss, grad_norm, stop, routers = training_step(
                 run.model, run.parallel, run.optimizer, run.batches, lr, config.grad_clip, process,
-                stop=bool(stops))
+                bool(stops))
             run.step += 1
             run.sequences += tokens_per_step(config) // config.model.block_size
             log.step(run, loss, lr, grad_norm, routers, time.monotonic() - began)
             if stop and run.step < config.max_iters:
-                log.say(f"stopped by a signal after {run.step} steps, and "
-                        f"{'saved' if save(run) else 'not saved'}: continue with --resume")
+                done = "saved" if save(run) else "not saved"
+                log.say(f"stopped by a signal after {run.step} steps, and {done}: continue with "
+                        f"--resume")
                 return None
     except BaseException:
         with contextlib.suppress(Exception):  # the error that ended the run is the one to report
@@ -228,13 +216,8 @@ def loop(run, stops):
         raise
 
 
-def is_due(step, interval):
-    return interval > 0 and step % interval == 0
-
-
 def open_dataset(config, process):
-    """The dataset, made first if it is the built-in one and missing. The main process checks all
-    of it, the others only its headers."""
+    """The dataset, made first if it is the built-in one. The main process checks all of it."""
     where = config.dataset, config.model.block_size, config.model.vocab_size
     if config.dataset == BUILTIN and not Path(BUILTIN).exists():
         process.on_main_then_all(lambda: prepare_builtin(BUILTIN))
@@ -243,7 +226,7 @@ def open_dataset(config, process):
 
 
 def main(argv):
-    if any(arg in ("-h", "--help") for arg in argv):
+    if {"-h", "--help"} & set(argv):
         usage = (__doc__ or "").partition("\n\n  training_step")[0]  # None under python -OO
         say(f"{usage}\n\nkeys and defaults:\n{describe_keys()}")
         return 0
@@ -254,13 +237,12 @@ def main(argv):
         share_batch(config, process.world_size)  # raises what all processes would raise
         process.start(config)
         status = train(config, process)
+        process.leave()
+        return status
     except (Exception, KeyboardInterrupt) as error:
         if not report(error, process):
             raise
         return 1
-    if dist.is_initialized():  # never after an error: NCCL would wait for the process that failed
-        dist.destroy_process_group()
-    return status
 
 
 if __name__ == "__main__":

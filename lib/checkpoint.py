@@ -50,6 +50,13 @@ def save_checkpoint(out_dir, step, state, keep):
     return path
 
 
+def check_finite(step, state):
+    """Raise FloatingPointError if a tensor of {name: {key: tensor}} is not finite."""
+    if not all(t.isfinite().all() for tensors in state.values() for t in tensors.values()):
+        raise FloatingPointError(f"the weights after {step} steps were not finite: stopped, and "
+                                 f"not saved; resume with a lower --learning_rate")
+
+
 def load_checkpoint(path):
     """The state that save_checkpoint wrote, with "step", on the CPU.
 

@@ -113,6 +113,13 @@ class Process:
             raise ValueError(error)
         return result
 
+    def leave(self):
+        """End with the others, after a run without an error. After one NCCL would wait for the
+        process that failed, and a process that is gone looks like a failure to the others."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     def peak_flops(self):
         """Dense bf16 FLOP/s of all devices together; None where we do not know."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
