@@ -142,32 +142,22 @@ def optimizer_state(optimizer):
 
 
 def load_optimizer_state(optimizer, state):
-    """Put back what optimizer_state gave, parameter by parameter. Raises ValueError if a name, a shape or a type is not the
-    optimizer's."""
-    homes = {name: (part, p) for part in parts_of(optimizer) for group in part.param_groups
-             for name, p in zip(group["param_names"], group["params"])}
-    if strange := sorted(state.keys() ^ homes.keys()) if state else []:
-        raise ValueError(f"the optimizer's state is of another model: {strange[0]} is {'missing' if strange[0] in homes else 'unknown'}"
-                         f"{f', and {len(strange) - 1} more' if len(strange) > 1 else ''}")
-    for name, values in state.items():
-        part, p = homes[name]
-        check_moments(part, name, p, values)
+    """Put back what optimizer_state gave, parameter by parameter; one that never had a gradient
+    has none. Raises ValueError if a name or a shape is not the optimizer's."""
+    owners = {name: (part, p) for part in parts_of(optimizer) for group in part.param_groups
+              for name, p in zip(group["param_names"], group["params"])}
+    for name, moments in state.items():
+        if name not in owners:
+            raise ValueError(f"the optimizer's state is of another model: {name} is unknown")
+        part, p = owners[name]
+        for key, value in moments.items():
+            if value.ndim and value.shape != p.shape:
+                raise ValueError(f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, "
+                                 f"the parameter {tuple(p.shape)}")
         # AdamW keeps its step count on the CPU unless it is fused
-        part.state[p] = {key: value.to(p.device, copy=True) if value.ndim or part.defaults.get("fused") else value.clone()
-                         for key, value in values.items()}
-
-
-def check_moments(part, name, p, values):
-    """Raise ValueError, naming it, if `values`, {key: tensor}, is not what this optimizer keeps of the parameter p."""
-    keys = {"momentum_buffer"} if isinstance(part, Muon) else {"exp_avg", "exp_avg_sq", "step"}
-    for key in sorted(keys | values.keys()):
-        if key not in values or key not in keys:
-            raise ValueError(f"the optimizer's {key} of {name} is {'unknown' if key in values else 'missing'}")
-        value, shape = values[key], () if key == "step" else tuple(p.shape)
-        if value.shape != shape:
-            raise ValueError(f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
-        if not value.is_floating_point() or (key != "step" and value.dtype != p.dtype):
-            raise ValueError(f"the optimizer's {key} of {name} is of type {value.dtype}, the parameter {p.dtype}")
+        on_device = part.defaults.get("fused")
+        part.state[p] = {key: value.to(p.device if value.ndim or on_device else "cpu", copy=True)
+                         for key, value in moments.items()}
 
 
 def set_learning_rate(optimizer, lr):

@@ -35,14 +35,14 @@ from pathlib import Path
 import numpy as np
 
 from lib.data import ShardWriter
-from lib.disk import sync_folder, write_whole
+from lib.disk import NO_ROOM, cannot_write, sync_folder, write_whole
 from lib.documents import TEXT, FileInput, HubInput, find_files, text_suffix
 from lib.lock import hold_lock
 from lib.tokenizer import get_encoding
 
 CHUNK_CHARS = 2 ** 18  # what one thread tokenizes at a time
 OWN_FILES = re.compile(r"(train|val)_\d{6}\.bin|(meta|progress)\.json(\.tmp)?|lock")
-AGAIN = "make room and give the same command again"
+AGAIN = "give the same command again"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,8 +257,8 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
             meta = work.finish(name)
         except BaseException as error:
             work.give_up()
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise OSError(f"{partial} cannot be written ({error.strerror}): {AGAIN}") from None
+            if getattr(error, "errno", None) in (*NO_ROOM, errno.EFBIG):
+                raise cannot_write(partial, error, AGAIN) from None
             raise
         move_into_place(partial, place)
 

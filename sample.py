@@ -1,59 +1,65 @@
 """
 Generate text from a trained model.
 
-  python sample.py --out_dir=out/quickstart --prompt="def " --max_new_tokens=300 --temperature=0.8 --top_k=50
+  python sample.py --out_dir=out/quickstart --prompt="def " --temperature=0.8 --top_k=50
 """
 import argparse
 import codecs
 import dataclasses
 import os
+import signal
 import sys
 
 import torch
 
 from lib.checkpoint import load_weights, newest_checkpoint
 from lib.data import get_encoding
+from lib.process import say
 from model import GPT, GPTConfig
 
 
 def load_model(out_dir):
-    """(model, encoding, step) of the newest whole checkpoint in out_dir, or of a folder that export.py wrote."""
+    """(model, encoding, step) of the newest whole checkpoint in out_dir, or of a folder that
+    hf.export wrote."""
     out_dir = os.path.expanduser(out_dir)
-    if os.path.isdir(out_dir) and any(name.endswith(".safetensors") for name in os.listdir(out_dir)):
+    if os.path.isdir(out_dir) and any(n.endswith(".safetensors") for n in os.listdir(out_dir)):
         from hf.from_hf import load_exported  # its packages are optional
         return load_exported(out_dir)
-    found = newest_checkpoint(out_dir, say=lambda line: print(line, file=sys.stderr))
+    found = newest_checkpoint(out_dir, sys.stderr)
     if found is None:
-        raise FileNotFoundError(f"no checkpoint in {out_dir}: train first (python train.py configs/quickstart.py), or set --out_dir")
+        raise FileNotFoundError(f"no checkpoint in {out_dir}: train first (python train.py "
+                                f"configs/quickstart.py), or set --out_dir")
     path, state = found
-    try:
-        model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used: its configuration is damaged or of another version ({error})") from None
+    keys = [f.name for f in dataclasses.fields(GPTConfig)]
+    model = GPT(GPTConfig(**{key: state["config"][key] for key in keys}))
     load_weights(model, state, path)
     return model.eval(), get_encoding(state["tokenizer"]), state["step"]
 
 
 def show(text):
-    """Print what standard output can show, "?" for the rest: a terminal that is not UTF-8 must not end a run."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: closed, and print does nothing
+    """Print what standard output can show, "?" for the rest: a terminal that is not UTF-8 must
+    not end a run."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: closed; print does nothing
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
 def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=50, seed=0):
-    """Print the prompt and its continuation, piece by piece as it comes, up to <|endoftext|>. Where the tokenizer is not known
-    (data.TokenIds), prompt and continuation are token ids. Raises ValueError, one line, on a prompt the model cannot take."""
-    device = next(model.parameters()).device
+    """Print the prompt and its continuation as it comes, up to <|endoftext|>. Both are token ids
+    where the tokenizer is not known (data.TokenIds). Raises ValueError on a prompt of tokens that
+    the model lacks."""
+    device, size = next(model.parameters()).device, model.config.vocab_size
     generator = torch.Generator(device).manual_seed(seed)
     ids = encoding.encode(prompt, disallowed_special=()) or [encoding.eot_token or 0]
-    if beyond := [i for i in ids if not 0 <= i < model.config.vocab_size]:
-        raise ValueError(f"the prompt has token id {beyond[0]}, and the model knows 0 to {model.config.vocab_size - 1}: it was trained on "
-                         f"another tokenizer than {encoding.name}; give another prompt")
+    if beyond := [i for i in ids if not 0 <= i < size]:
+        raise ValueError(f"the prompt has token id {beyond[0]}, and the model knows 0 to {size - 1}"
+                         f": it was trained on another tokenizer than {encoding.name}; give "
+                         f"another prompt")
     if encoding.eot_token is None:
         show("(token ids: the tokenizer of the training data is not known)\n")
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # characters of many tokens
     show(prompt)
-    for token in model.generate(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, generator):
+    ids = torch.tensor([ids], device=device)
+    for token in model.generate(ids, max_new_tokens, temperature, top_k, generator):
         if token.item() == encoding.eot_token:
             break
         try:
@@ -63,26 +69,38 @@ def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=
     show(decoder.decode(b"", final=True) + "\n")
 
 
+def print_sample(model, encoding, prompt, max_new_tokens):
+    """A sample at the end of a run, which is done whether this succeeds or not."""
+    try:
+        show(f"\na sample, with the prompt {prompt!r}:\n{'-' * 80}\n")
+        stream_text(model.eval(), encoding, prompt, max_new_tokens)
+    except (KeyboardInterrupt, ValueError, OSError) as error:
+        say(f"no sample: {str(error) or 'interrupted'}")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/quickstart", help="the run folder (default: out/quickstart)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", default="out/quickstart", help="default: out/quickstart")
     parser.add_argument("--prompt", default="\n", help="text to continue")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=300)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0: among all")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="of the likeliest k; 0: of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
         if min(args.temperature, args.top_k, args.max_new_tokens, args.num_samples) < 0:
-            raise ValueError("--temperature, --top_k, --max_new_tokens and --num_samples cannot be negative")
+            raise ValueError("--temperature, --top_k, --max_new_tokens and --num_samples cannot "
+                             "be negative")
         model, encoding, step = load_model(args.out_dir)
         model.to(args.device)
-        for i in range(args.num_samples):
-            print(f"--- sample {i + 1} after {step} steps, seed {args.seed + i} ---")
-            stream_text(model, encoding, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed + i)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two are torch's, of a device it has not
+        for seed in range(args.seed, args.seed + args.num_samples):
+            print(f"--- sample {seed - args.seed + 1} after {step} steps, seed {seed} ---")
+            stream_text(model, encoding, args.prompt, args.max_new_tokens, args.temperature,
+                        args.top_k, seed)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch's: no such device
         sys.exit(f"error: {str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -90,4 +108,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends other filters
     main()

@@ -229,11 +229,11 @@ def tokenize(rounds, encoding_name, copies):
     """Prints how fast prepare_data.py is in units of encode_ordinary_batch, and its peak memory on `copies` times the text."""
     encoding, cores = get_encoding(encoding_name), os.cpu_count()
     stdlib = find_files([sysconfig.get_paths()["stdlib"]], site_packages=False)
-    texts = [path.read_text(errors="ignore") for path, _ in stdlib if path.suffix == ".py"]
+    texts = [path.read_text("utf-8", "ignore") for path, _ in stdlib if path.suffix == ".py"]
     size = sum(len(t.encode()) for t in texts)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "stdlib.jsonl")
-        with open(source, "w") as f:
+        with open(source, "w", encoding="utf-8") as f:
             f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         ratios, speeds = [], []
         for number in range(rounds):
@@ -245,7 +245,7 @@ def tokenize(rounds, encoding_name, copies):
             print(f"  round {number + 1}/{rounds}: tiktoken {batch:.2f} s, prepare_data {ours:.2f} s", flush=True)
         print(f"{encoding_name}, {size / 1e6:.0f} MB of text, {cores} threads, {machine()}: prepare_data at "
               f"{median_and_range(speeds, '.1f')} MB/s, {median_and_range(ratios)} x encode_ordinary_batch")
-        with open(source, "w") as f:
+        with open(source, "w", encoding="utf-8") as f:
             for _ in range(copies):
                 f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         for threads in sorted({cores, 16}):

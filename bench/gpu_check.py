@@ -132,11 +132,11 @@ def runs(process, toy):
             said = io.StringIO()
             with contextlib.redirect_stdout(said):
                 status = train(["configs/quickstart.py", f"--out_dir={folder}/{name}", f"--max_iters={steps}", "--warmup_iters=2",
-                                f"--checkpoint_interval={steps // 2}", "--eval_iters=1", "--sample_tokens=0",
+                                f"--checkpoint_interval={steps // 2}", "--eval_windows=8", "--sample_tokens=0",
                                 *(TOY[:4] if toy else []), *args])
             if status:
                 raise RuntimeError(f"train.py ended with status {status}: {said.getvalue()[-500:]}")
-            log = [json.loads(line) for line in Path(folder, name, "log.jsonl").read_text().splitlines()]
+            log = [json.loads(line) for line in Path(folder, name, "log.jsonl").read_text("utf-8").splitlines()]
             losses[name] = [record["loss"] for record in log if record["event"] == "train"]
         run("first")
         run("again")
@@ -149,7 +149,7 @@ def runs(process, toy):
 
 def partial_evaluation(process, toy):
     """Eight validation windows by micro-batches of three: one graph more than without, and the loss of window by window."""
-    config = load_config(["configs/quickstart.py", "--batch_size=3", "--eval_iters=1", *(TOY[:4] if toy else [])])
+    config = load_config(["configs/quickstart.py", "--batch_size=3", "--eval_windows=8", *(TOY[:4] if toy else [])])
     if not Path(BUILTIN).exists():
         prepare_builtin(BUILTIN)
     split = Dataset(BUILTIN, config.model.block_size, config.model.vocab_size).val

@@ -21,6 +21,6 @@ warmup_iters = 1000  # ours: the paper does not say
 init_std = 0.02  # ours: the paper does not say
 
 eval_interval = 500
-eval_iters = 200  # 1,600 windows
+eval_windows = 1600
 checkpoint_interval = 500
 sample_tokens = 100

@@ -10,6 +10,6 @@ n_embd = 1280
 block_size = 4096
 batch_size = 4
 gradient_accumulation_steps = 128
-eval_iters = 50
+eval_windows = 400
 max_iters = 23438  # 49.2B tokens, as in figure 6
 learning_rate = 2e-3

@@ -11,6 +11,6 @@ d_shared_expert = 2560
 block_size = 4096
 batch_size = 4
 gradient_accumulation_steps = 128
-eval_iters = 50
+eval_windows = 400
 max_iters = 14062  # 29.5B tokens, where the curves of figure 7 end
 learning_rate = 2e-3

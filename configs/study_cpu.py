@@ -15,7 +15,7 @@ learning_rate = 4e-3  # the best of {2e-3, 4e-3, 8e-3} for the baseline
 warmup_iters = 100
 
 eval_interval = 250
-eval_iters = 40
+eval_windows = 320
 checkpoint_interval = 1250
 keep_checkpoints = 1
 log_interval = 250

@@ -29,7 +29,7 @@ import torch
 
 from hf.from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
 from lib.checkpoint import save_checkpoint
-from lib.config import check_type, flat, known_key, load_config, parse_value, read_config_file
+from lib.config import check_type, known_key, load_config, parse_value, read_config_file, to_dict
 from lib.data import Dataset, get_encoding
 from norms import PLACEMENTS, fold_scale_vectors, named_scale_vectors
 from sample import load_model
@@ -148,8 +148,8 @@ def transformers_model(model, ids):
 def write_code(folder):
     """Our own code beside the weights. transformers wants files of one folder to import each other relatively."""
     for path in (Path(__file__).resolve().parent.parent / name for name in CODE):
-        text = path.read_text()
-        (folder / path.name).write_text(re.sub(r"^from (norms|model) import", r"from .\1 import", text, flags=re.MULTILINE))
+        text = path.read_text("utf-8")
+        (folder / path.name).write_text(re.sub(r"^from (norms|model) import", r"from .\1 import", text, flags=re.MULTILINE), "utf-8")
 
 
 def is_known(encoding):
@@ -190,7 +190,7 @@ def check_same_tokens(encoding, tokenizer):
 def last_evaluation(run, step):
     """The last eval event of a run's log, up to a checkpoint's step, or None."""
     path = Path(run) / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # a crash may have cut a line
             event = json.loads(line)
@@ -202,7 +202,7 @@ def last_evaluation(run, step):
 def read_keys(path):
     """A run's config.json as a dict. Raises ValueError, one line, if it is none."""
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(keys := json.loads(path.read_text()), dict):
+        if isinstance(keys := json.loads(path.read_text("utf-8")), dict):
             return keys
     raise ValueError(f"{path} is not a run's configuration: export the run from where it is whole")
 
@@ -293,7 +293,7 @@ def export_run(run, out, max_shard_size="5GB"):
             theirs.save_pretrained(folder, max_shard_size=max_shard_size)
         if not name:
             write_code(folder)
-        (folder / "README.md").write_text(model_card(run, model, keys, step, encoding, name, why))
+        (folder / "README.md").write_text(model_card(run, model, keys, step, encoding, name, why), "utf-8")
     kind = f"a stock {name}" if name else "our own code beside the weights (load with trust_remote_code=True)"
     return f"{out}: {kind}, because {why}; logits as ours to {difference:.1g}"
 
@@ -321,12 +321,12 @@ def import_run(folder, out, argv):
     with new_folder(out) as temporary:
         values = {**given, **shape, "out_dir": str(out)}
         (temporary / "start.py").write_text(f"# the model of {str(folder)!r}, to be trained on with --resume\n"
-                                            + "".join(f"{key} = {value!r}\n" for key, value in values.items()))
+                                            + "".join(f"{key} = {value!r}\n" for key, value in values.items()), "utf-8")
         config = load_config([str(temporary / "start.py")])
         dataset = Dataset(config.dataset, c.block_size, c.vocab_size)
         check_dataset_tokenizer(folder, dataset.tokenizer)
-        (temporary / "config.json").write_text(json.dumps(flat(config), indent=1))
-        save_checkpoint(temporary, 0, {"model": model.state_dict(), "optimizer": {}, "config": flat(config), "rng": [], "seconds": 0.0,
+        (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), "utf-8")
+        save_checkpoint(temporary, 0, {"model": model.state_dict(), "optimizer": {}, "config": to_dict(config), "rng": [], "seconds": 0.0,
                                        "tokenizer": dataset.tokenizer, "data": {"sequences": 0, "train_tokens": dataset.train.tokens}}, 1)
     equal = ("not an equal function: DNP normalizes what the checkpoint does not" if changed
              else f"an equal function: logits differ by {difference:.1g}")
@@ -343,7 +343,7 @@ def given_keys(argv):
         key, given, text = flag[2:].partition("=")
         fixed[key] = parse_value(known_key(key, "the command line"), text if given else "True")
     values = {key: check_type(key, value) for key, value in {**values, **fixed}.items()}
-    for key in ("out_dir", "resume", "overwrite"):
+    for key in ("out_dir", "resume"):
         values.pop(key, None)
     return values, set(fixed) & set(values)
 

@@ -44,7 +44,7 @@ def read_config(folder):
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give a Hugging Face folder on this disk")
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
         if kind not in READS:
             raise ValueError(f"its model_type is {kind!r}, and what can be read is {', '.join(READS)}")
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -220,7 +220,7 @@ def load_exported(folder):
     Raises ValueError, one line, if export.py did not write it or it is damaged."""
     folder = Path(folder)
     try:
-        written = json.loads((folder / "config.json").read_text())
+        written = json.loads((folder / "config.json").read_text("utf-8"))
         kind, tokenizer, step = written["model_type"], str(written["trained"]["tokenizer"]), written["trained"]["step"]
     except (ValueError, KeyError, TypeError, OSError):
         raise ValueError(f"{folder} was not written by export.py, or its config.json is damaged: export the run again") from None

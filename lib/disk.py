@@ -1,25 +1,40 @@
 """
-What the disk may and may not do to us: a file is written whole or not at all.
+Files that are written whole or not at all.
 
   write_whole    text or bytes to a temporary file, flushed, renamed into place, the folder flushed
   sync_folder    make a rename survive a power cut
 """
+import errno
 import os
 from pathlib import Path
 
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a folder: CIFS and others
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
 
 def sync_folder(folder):
-    """Flush a folder's list of files to the disk: a file renamed in it stays renamed after a power cut."""
+    """Flush a folder's list of files, where the file system can. Raises OSError with its path."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
     finally:
         os.close(descriptor)
 
 
-def write_whole(path, content, advice="make room and try again"):
-    """Write `content`, text, bytes, or a function that writes to an open binary file, so that `path` holds all of it or what it
-    held before. Raises OSError, one line that ends with `advice`; no temporary file stays."""
+def cannot_write(path, error, advice):
+    """The OSError that says so in one line; it asks for room only where room is missing."""
+    advice = f"make room and {advice}" if error.errno in NO_ROOM else advice
+    return OSError(f"{path} cannot be written ({error.strerror or error}): {advice}")
+
+
+def write_whole(path, content, advice="try again"):
+    """Write text, bytes, or what the function `content` writes to an open binary file.
+
+    `path` then holds all of it or what it held before, and no temporary file stays. Raises
+    OSError, whose one line ends with `advice`."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -31,12 +46,12 @@ def write_whole(path, content, advice="make room and try again"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = error  # torch.save wraps the operating system's error in one of its own
         while cause.__context__ is not None and not isinstance(cause, OSError):
             cause = cause.__context__
         if isinstance(cause, OSError):
-            raise OSError(f"{path} cannot be written ({cause.strerror or cause}): {advice}") from None
+            raise cannot_write(path, cause, advice) from None
         raise
-    sync_folder(path.parent)

@@ -1,12 +1,11 @@
 """
 The processes that share a run, and the machine under them.
 
-  Process        which one this is, its device, how it meets the others, who tells of an error
-  one_line       what an error means to the user
-  leave          how a process ends
-  stop_signals   SIGTERM and SIGINT let the step finish
-  to_device      numpy arrays to tensors there
-  rng_state, set_rng_state   the random-number generators that a process may draw from
+  Process        rank, world size and device; collectives; rank-aware error reporting
+  compile_model  torch.compile, block by block
+  say            a printed line that cannot end a run
+  report         an error in one line
+  stop_signals   SIGTERM, SIGINT and SIGHUP let the step finish
 """
 import contextlib
 import inspect
@@ -17,11 +16,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
 # dense bf16 FLOP/s of the GPUs people train on, by their makers' data sheets
-PEAK_FLOPS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12),
-              ("4090", 165e12), ("3090", 71e12))
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
 # Inductor recomputes short pointwise chains instead of storing them. Its defaults (4, 30) split
 # DNP's backward and store a float32 (N, F) tensor; these limits avoid that.
@@ -42,76 +42,84 @@ def compile_model(model, **how):
 
 
 class Process:
-    """Which process this is: alone, or one of torchrun's. Raises ValueError if the environment tells of others and not where they are."""
+    """This process: the only one, or one of torchrun's.
+
+    Raises ValueError if the environment counts several processes and does not say where."""
 
     def __init__(self):
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
-            raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in the environment and {missing[0]} is not: start several "
-                             f"processes with torchrun, or one after `unset WORLD_SIZE`")
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ["RANK"]) if self.count > 1 else 0  # alone, RANK is what another program left
-        self.first, self.store = self.rank == 0, None
-        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if self.count > 1 else 0
-        if self.count > 1:
-            store, _, _ = next(dist.rendezvous("env://"))
-            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-                # torchrun may keep its store when it restarts the workers of a machine: do not meet those that are gone
-                store = dist.PrefixStore(f"restart_{self.restarts}", store)
-            self.store = store
+        env = os.environ
+        self.world_size = int(env.get("WORLD_SIZE", 1))
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if self.world_size > 1 and missing:
+            raise ValueError(f"WORLD_SIZE={self.world_size} is set in the environment and "
+                             f"{missing[0]} is not: start several processes with torchrun, or "
+                             f"one after `unset WORLD_SIZE`")
+        # a process on its own ignores what another program left in RANK
+        self.rank = int(env["RANK"]) if self.world_size > 1 else 0
+        self.is_main, self.store, self.restarts = self.rank == 0, None, 0
+        if self.world_size > 1:
+            self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+            self.store, _, _ = next(dist.rendezvous("env://"))
+            if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+                # torchrun may keep its store over a restart, with addresses of dead processes
+                self.store = dist.PrefixStore(f"restart_{self.restarts}", self.store)
 
     def start(self, config):
-        """Choose the device and meet the others. Raises ValueError if the device cannot be had."""
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        kind = next(k for k in available if available[k]) if config.device == "auto" else config.device
-        if not available[kind]:
+        """Choose device, dtype and whether to compile; join the others. Raises ValueError if
+        this machine lacks the device."""
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        kind = [*there, "cpu"][0] if config.device == "auto" else config.device
+        if kind not in [*there, "cpu"]:
             raise ValueError(f"device={kind!r} is not available on this machine: use --device=auto")
-        if kind == "mps" and self.count > 1:
-            raise ValueError("device='mps' cannot run several processes: start without torchrun, or use --device=cpu")
-        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        if kind == "mps" and self.world_size > 1:
+            raise ValueError("device='mps' cannot run several processes: start without torchrun, "
+                             "or use --device=cpu")
+        self.device, bf16 = torch.device(kind), False
         if kind == "cuda":
-            if self.device.index >= torch.cuda.device_count():
-                raise ValueError(f"process {self.device.index} of this machine has no GPU of its own: there are "
-                                 f"{torch.cuda.device_count()}; lower --nproc_per_node")
+            index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if index >= count:
+                raise ValueError(f"process {index} of this machine has no GPU of its own: there "
+                                 f"are {count}; lower --nproc_per_node")
+            self.device = torch.device(kind, index)
             torch.cuda.set_device(self.device)
-        self.dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32")
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        auto = "bfloat16" if bf16 else "float32"
+        self.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
         self.compile = kind == "cuda" if config.compile == "auto" else config.compile
-        if self.count > 1:  # the timeout ends the others when one process is gone or stuck, instead of waiting for ever
-            timeout = timedelta(seconds=config.dist_timeout)
+        if self.world_size > 1:
+            timeout = timedelta(seconds=config.dist_timeout)  # if a process is gone or stuck
             self.store.set_timeout(timeout)
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=self.store, rank=self.rank, world_size=self.count,
-                                    timeout=timeout)
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo", store=self.store, rank=self.rank,
+                world_size=self.world_size, timeout=timeout,
+                device_id=self.device if kind == "cuda" else None)
 
     def parallel(self, model):
-        """The model, or DistributedDataParallel around it: gradients meet in buckets of which they are views."""
-        if self.count == 1:
+        """The model, or DistributedDataParallel around it: gradients are averaged in buckets,
+        of which they are views. Call it before compile_model."""
+        if self.world_size == 1:
             return model
-        torch._dynamo.config.optimize_ddp = False  # it would cut compiled graphs at the buckets; here each block is a graph of its own
+        # it would cut compiled graphs at the buckets; here each block is a graph of its own
+        torch._dynamo.config.optimize_ddp = False
         # no buffer changes, so none is sent before a forward pass; PyTorch has renamed the key
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+        return DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True, find_unused_parameters=has_unused_parameters(model),
+            **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
     def sum(self, values):
-        """A tensor of numbers summed over all processes, as a list. One all-reduce, one wait for the device."""
-        if self.count > 1:
+        """A tensor summed over all processes, as a list. One all-reduce, one wait."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values.tolist()
 
-    def gather(self, value):
-        """[value of process 0, of process 1, ...], on all."""
-        values = [value]
-        if self.count > 1:
-            values = [None] * self.count
-            dist.all_gather_object(values, value)
-        return values
-
-    def first_then_all(self, function):
-        """function() on the first process, its result or its error on all."""
-        if self.count == 1:
+    def on_main_then_all(self, function):
+        """function() on the main process; its result or its error on all."""
+        if self.world_size == 1:
             return function()
         outcome = [None]
-        if self.first:
+        if self.is_main:
             try:
                 outcome = [(function(), None)]
             except (ValueError, OSError) as error:
@@ -122,73 +130,123 @@ class Process:
             raise ValueError(error)
         return result
 
-    def report(self, error):
-        """Print the error's one line, once however many processes have it; return False, and print nothing, if it is none that the
-        program expects."""
-        told, text, follows = 0, one_line(error), isinstance(error, RuntimeError) and lost_contact(error)
-        if text is None or (follows and self.count == 1):
-            return False
-        with contextlib.suppress(RuntimeError):  # without the store, the more is said the better
-            if self.store is not None:  # a process that lost another says so only if that one has not told why
-                told = self.store.add("errors", 0) if follows else self.store.add(f"error {text}", 1) - 1
-                self.store.add("errors", 1)
-        if not told:
-            print(f"error: {f'process {self.rank}: ' if self.count > 1 else ''}{text}", file=sys.stderr, flush=True)
-        return True
+    def leave(self):
+        """End with the others, after a run without an error. After one NCCL would wait for the
+        process that failed, and a process that is gone looks like a failure to the others."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
     def peak_flops(self):
         """Dense bf16 FLOP/s of all devices together; None where we do not know."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((flops * self.count for part, flops in PEAK_FLOPS if part in name), None)
+        return next((flops * self.world_size for part, flops in PEAK_FLOPS.items()
+                     if part in name), None)
 
 
-def leave(status):
-    """End this process. One of several ends at once, without taking the interpreter apart: a thread of torch.distributed's that still runs
-    then may end it with SIGABRT, which torchrun takes for a failure (seen twice, in some hundred runs; the cause is not proven)."""
+def has_unused_parameters(model):
+    """True if the loss of a short sequence does not depend on some trainable parameter."""
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    loss = model(tokens, tokens)[1] + model.auxiliary_loss()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return any(g is None for g in torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+def attention_backend(config, device, dtype):
+    """The name of the kernel that PyTorch chooses for training's attention."""
+    def heads(n):
+        shape = (1, config.block_size, n, config.head_dim)
+        return torch.empty(shape, device=device, dtype=dtype, requires_grad=True).transpose(1, 2)
+    q, k, v = heads(config.n_head), heads(config.n_kv_head), heads(config.n_kv_head)
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=True,
+                                     enable_gqa=config.n_head != config.n_kv_head)
+    return SDPBackend(choice).name
+
+
+def say(text, stream=None):
+    """Print a line to standard output or `stream`. A closed pipe or a full disk behind it ends
+    no run: from then on its output is dropped."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def hard_exit(status):
+    """End this process. With several, end at once: a thread of torch.distributed that still
+    runs may otherwise end it with SIGABRT, which torchrun reports as a failure."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before the start
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(status)
+    os._exit(status)  # nothing waits in a stream: say flushes
+
+
+def report(error, process):
+    """Print the error's one line, once however many processes have it. Returns False, and prints
+    nothing, for an error that can only be a mistake in the program. process: None if the error
+    kept it from being made.
+
+    A rank that merely lost contact stays silent if the failing rank has reported its error."""
+    text, lost, earlier = one_line(error), lost_contact(error), 0
+    several = process is None or process.world_size > 1
+    if text is None or (lost and not several):
+        return False
+    with contextlib.suppress(RuntimeError):  # the store is gone: report all the same
+        if process and process.store:
+            errors = process.store.add("errors", 1)
+            earlier = (errors if lost else process.store.add(f"error {text}", 1)) - 1
+    if not earlier:
+        say(f"error: {f'process {process.rank}: ' if process and several else ''}{text}",
+            sys.stderr)
+    return True
 
 
 def one_line(error):
-    """What to tell the user; None for an error that can only be a mistake of the program's."""
+    """The text for the user; None for an error that can only be a mistake in the program."""
     reason = (str(error).splitlines() or [""])[0]
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before the first step: nothing was changed"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return ("out of memory: lower batch_size and raise gradient_accumulation_steps as much, which leaves the global batch as it is, "
-                f"or set recompute=True ({reason})")
-    if isinstance(error, RuntimeError) and lost_contact(error):
-        return f"another process has ended, or has been silent for dist_timeout seconds ({reason}): continue with --resume"
+        return ("out of memory: lower batch_size and raise gradient_accumulation_steps as much, "
+                f"which leaves the global batch as it is, or set recompute=True ({reason})")
+    if lost_contact(error):
+        return (f"another process has ended, or has been silent for dist_timeout seconds "
+                f"({reason}): continue with --resume")
+    if any(part in str(error) for part in ("C++ compiler", "C compiler", "Python.h")):
+        return ("torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
+                "python3-dev): install them, or set --compile=False")
     return None
 
 
 def lost_contact(error):
-    """True if this is how torch.distributed (an NCCL error, or gloo's plain RuntimeError) tells that a process is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """True for an error of torch.distributed (of NCCL, or gloo's plain RuntimeError)."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError)
+                                                 and "gloo" in str(error))
 
 
 @contextlib.contextmanager
 def stop_signals(tell):
-    """SIGTERM and SIGINT do not interrupt what runs in here: they are put into a list, and the first one is told to the user if `tell`."""
+    """SIGTERM, SIGINT and SIGHUP, unless they are ignored, do not interrupt what runs in here:
+    they are put into the list that this gives. tell: print the first one."""
     received = []
 
     def receive(number, frame):
         if tell and not received:
-            with contextlib.suppress(OSError):  # print may not run in the midst of another print
-                name = signal.Signals(number).name
-                os.write(1, f"{name}: stopping after this step, or after one more if this is an evaluation\n".encode())
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                # print may not run in the midst of another print
+                os.write(sys.stdout.fileno(), f"{signal.Signals(number).name}: stopping after this "
+                         f"step, or after one more if this is an evaluation\n".encode())
         received.append(number)
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+               if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, receive) for n in numbers}
     try:
         yield received
     finally:
@@ -196,19 +254,8 @@ def stop_signals(tell):
             signal.signal(number, handler)
 
 
-def rng_state(device):
-    """{device type: state} of the random-number generators that a process may draw from."""
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 def to_device(arrays, device):
-    """numpy (x, y) -> tensors on the device; on CUDA the copy runs beside the computation."""
+    """numpy (x, y) -> tensors there; on CUDA the copy runs beside the computation."""
     tensors = (torch.from_numpy(a.copy()) for a in arrays)
     if device.type == "cuda":
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)

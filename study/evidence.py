@@ -250,7 +250,7 @@ def fill(text, folder=ROOT / "results"):
         if not path.is_file():
             return f"<!-- study {name} {what} -->not run yet<!-- end -->"
         try:
-            value = quote(json.loads(path.read_text()), what)
+            value = quote(json.loads(path.read_text("utf-8")), what)
         except (KeyError, TypeError, AttributeError, StopIteration, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"{path} is not a study's results: take it from the repository, or run the study anew") from None
         return f"<!-- study {name} {what} -->{value}<!-- end -->"

@@ -188,7 +188,7 @@ def table(runs):
             lines.append(f"{name:<{width}} not finished")
             continue
         try:
-            s = json.loads(path.read_text())
+            s = json.loads(path.read_text("utf-8"))
             loss = "not finite" if s["val_loss"] is None else f"{s['val_loss']:.4f}"
             bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"
             lines.append(f"{name:<{width}} {loss:>10} {bpb:>9} {s['params']:>13,} {s['scale_params']:>9,} "

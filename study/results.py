@@ -56,7 +56,7 @@ def curves(log, matrices):
     """{"curve": [[tokens, validation loss], ...]}, and of the matrices whose names start with `matrices` {"norms": {name: [[step, norm]]}}.
     A line that is no record is passed over, and so is a norm that was not finite; such a loss is None."""
     curve, norms = [], {}
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
+    for line in log.read_text("utf-8", "replace").splitlines() if log.is_file() else ():
         try:
             record = json.loads(line)
             if record["event"] == "eval":
@@ -86,7 +86,7 @@ def runs_in(path):
     """The worth of the runs that a results JSON holds; empty if there is none. Raises ValueError, one line, on a file that is no study's
     results."""
     try:
-        return worth(json.loads(path.read_text())["runs"])
+        return worth(json.loads(path.read_text("utf-8"))["runs"])
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -95,7 +95,7 @@ def runs_in(path):
 
 def has_intervals(path):
     """Does a results JSON hold t-intervals? It was made with scipy then."""
-    return path.is_file() and re.search(r'"low": -?[0-9]', path.read_text()) is not None
+    return path.is_file() and re.search(r'"low": -?[0-9]', path.read_text("utf-8")) is not None
 
 
 def write_results(results, path):

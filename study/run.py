@@ -241,7 +241,7 @@ def write_docs(root=ROOT):
     """Fill the markers in README.md and docs/*.md. Returns the files that changed."""
     changed = []
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
-        text = path.read_text()
+        text = path.read_text("utf-8")
         if (new := fill(text, root / "results")) != text:
             write_whole(path, new)
             changed.append(path)
@@ -282,7 +282,7 @@ def parse(argv):
 
 def yours(files, keys):
     """(study file, {key: value} of the row "yours"): the first file is the study, the others are configs, and --key=value comes last."""
-    values, theirs = {}, ("learning_rate", "seed", "resume", "overwrite")
+    values, theirs = {}, ("learning_rate", "seed", "resume")
     for path in files[1:]:
         values |= read_config_file(path)
         if refused := [key for key in theirs if key in values]:

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from lib.config import FIELDS, flat, load_config
+from lib.config import FIELDS, load_config, to_dict
 from lib.disk import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # keys that change what a run says, not what it finds; tokens_per_param is in max_iters
-NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
+NOT_SETTINGS = {"out_dir", "resume", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
                 "sample_prompt", "wandb_project", "dist_timeout", "tokens_per_param"}
 CODE = ("norms.py", "model.py", "optim.py", "train.py", "lib/data.py")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
@@ -36,7 +36,7 @@ STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is sa
 
 def settings_of(config):
     """{key: value} of all that decides what a run finds."""
-    return {key: value for key, value in flat(config).items() if key not in NOT_SETTINGS}
+    return {key: value for key, value in to_dict(config).items() if key not in NOT_SETTINGS}
 
 
 def code():
@@ -49,7 +49,7 @@ def device_name():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8"))[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
 
@@ -78,7 +78,7 @@ class Run:
     def summary(self):
         """The summary.json of a finished run. Raises ValueError, one line, if it is not what train.py leaves."""
         try:
-            summary = json.loads((self.folder / "summary.json").read_text())
+            summary = json.loads((self.folder / "summary.json").read_text("utf-8"))
             numbers = [summary[key] for key in ("steps", "tokens", "params", "scale_params", "seconds")]
             if all(isinstance(n, (int, float)) for n in (*numbers, summary["val_loss"] or 0)):
                 return summary
@@ -89,7 +89,7 @@ class Run:
     def made_by(self):
         """What made_by.json says of the run's command, device and versions; {} without one."""
         try:
-            return dict(json.loads((self.folder / "made_by.json").read_text()))
+            return dict(json.loads((self.folder / "made_by.json").read_text("utf-8")))
         except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
@@ -112,7 +112,7 @@ class RunFolders:
     def held(self, folder):
         """The key of the run that a folder holds; None if it holds none."""
         try:
-            stored = json.loads((folder / "config.json").read_text())
+            stored = json.loads((folder / "config.json").read_text("utf-8"))
             return self.key({k: stored.get(k, field.default) for k, field in FIELDS.items() if k not in NOT_SETTINGS})
         except (OSError, ValueError, AttributeError, RecursionError):
             return None

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")  # a fork may add oth
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
 MIXTURE = dict(n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=24, n_dense_layer=1)
 
-torch.set_num_threads(1)  # sums in one order, in this process as in those it starts: runs are compared bit for bit
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# sums in one order, in this process as in those it starts: runs are compared bit for bit
+torch.set_num_threads(1)
 
 
 def tiny_gpt(dtype=torch.float32, seed=0, **keys):
@@ -82,22 +86,44 @@ def needs_gpt2():
 
 def run(program, *args, processes=0, check=True, **kwargs):
     """Run one of the project's programs as a user would. processes > 0: under torchrun."""
-    command = [sys.executable, program, *map(str, args)]
-    if processes:
-        command[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True, timeout=kwargs.pop("timeout", 300),
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}, **kwargs)
+    command = command_of(program, *args, processes=processes)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
+    done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True,
+                          timeout=kwargs.pop("timeout", 300), env=env, **kwargs)
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def command_of(program, *args, processes=0, restarts=0):
+    """The command line that starts a program, under torchrun for processes > 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                f"--max-restarts={restarts}"]
+    return [sys.executable, *(torchrun if processes else []), str(program), *map(str, args)]
+
+
+def launch(*args, processes=0, restarts=0, **kwargs):
+    """Start train.py and return at once."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
+    return subprocess.Popen(command_of("train.py", *args, processes=processes, restarts=restarts),
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True, **pipes)
+
+
+def wait_for_step(process, step):
+    """Read what a run prints up to the line of this step."""
+    for line in process.stdout:
+        if line.startswith("step") and f" {step}/" in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+# -------------------------------------------------------------------------------------------------
 # runs of train.py
 
-SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=32", "--vocab_size=257", "--init_std=0",
-         "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=12", "--warmup_iters=3", "--learning_rate=1e-2",
-         "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--device=cpu"]
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=32", "--init_std=0",
+         "--vocab_size=257", "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=12",
+         "--warmup_iters=3", "--learning_rate=1e-2", "--eval_interval=5", "--eval_windows=16",
+         "--log_interval=1", "--device=cpu"]
 UNIFIED_CONFIG = str(ROOT / "configs" / "unified.py")
 
 
@@ -109,29 +135,30 @@ def start(out, dataset, *args):
 def train(*argv):
     """train.py's main in this process. Returns (exit status, stdout, stderr)."""
     from train import main
-    said, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         status = main(list(argv))
-    return status, said.getvalue(), errors.getvalue()
+    return status, printed.getvalue(), errors.getvalue()
 
 
 def trained(*argv):
     """As `train`, for a run that must succeed: its stdout."""
-    status, said, errors = train(*argv)
+    status, printed, errors = train(*argv)
     assert status == 0, errors
-    return said
+    return printed
 
 
 def refused(*argv):
     """As `train`, for a request that must be refused in one line: that line."""
-    status, said, errors = train(*argv)
-    assert status == 1 and errors.startswith("error: ") and errors.count("\n") == 1, (status, said, errors)
+    status, printed, errors = train(*argv)
+    assert status == 1 and errors.startswith("error: "), (status, printed, errors)
+    assert errors.count("\n") == 1, errors
     return errors
 
 
 def read_log(out, event=None):
-    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [r for r in records if event in (None, r["event"])]
+    lines = (Path(out) / "log.jsonl").read_text("utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if event in (None, r["event"])]
 
 
 def losses(out):
@@ -142,17 +169,18 @@ def same_runs(a, b):
     """Weights, optimizer and log of two runs, bit for bit, times aside."""
     from lib.checkpoint import newest_checkpoint
     (_, state_a), (_, state_b) = newest_checkpoint(a), newest_checkpoint(b)
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(state_a[part], state_b[part], rtol=0, atol=0)
     assert state_a["step"] == state_b["step"] and state_a["data"] == state_b["data"]
-    assert state_a["model"].keys() == state_b["model"].keys() and state_a["optimizer"].keys() == state_b["optimizer"].keys()
-    assert all(torch.equal(tensor, state_b["model"][name]) for name, tensor in state_a["model"].items())
-    assert all(torch.equal(tensor, state_b["optimizer"][name][key]) for name, moments in state_a["optimizer"].items()
-               for key, tensor in moments.items())
-    logs = [[{k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")} for r in read_log(out)] for out in (a, b)]
+    times = ("tokens_per_s", "mfu")
+    logs = [[{k: v for k, v in r.items() if k not in times} for r in read_log(out)]
+            for out in (a, b)]
     assert logs[0] == logs[1]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(dataset, tmp_path_factory):
-    """One whole run with the unified strategy, that others are compared with, and what it said."""
+    """A whole run with the unified strategy, to compare others with, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return out, trained(UNIFIED_CONFIG, *start(out, dataset, "--sample_tokens=5", "--checkpoint_interval=4"))
+    args = start(out, dataset, "--sample_tokens=5", "--checkpoint_interval=4")
+    return out, trained(UNIFIED_CONFIG, *args)

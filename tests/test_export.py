@@ -23,7 +23,7 @@ pytest.importorskip("safetensors", reason="needs the optional package safetensor
 from hf import export  # noqa: E402
 from hf.from_hf import need, same_logits  # noqa: E402
 from lib.checkpoint import save_checkpoint  # noqa: E402
-from lib.config import flat, load_config  # noqa: E402
+from lib.config import load_config, to_dict  # noqa: E402
 from lib.data import get_encoding  # noqa: E402
 from sample import load_model  # noqa: E402
 
@@ -59,10 +59,10 @@ def write_run(out, keys, tokenizer="bytes"):
     model = randomize_scales(tiny_gpt(**keys)).eval()
     config = load_config([f"--{key}={value}" for key, value in keys.items()] + [f"--out_dir={out}", "--max_iters=200"])
     out.mkdir()
-    (out / "config.json").write_text(json.dumps(flat(config)))
+    (out / "config.json").write_text(json.dumps(to_dict(config)))
     (out / "log.jsonl").write_text('{"event": "eval", "step": 7, "tokens": 12345, "val_loss": 3.21, "val_bpb": 1.5}\n'
                                  '{"event": "eval", "step": 9, "tokens": 99999, "val_loss": 2.0, "val_bpb": 1.0}\n')  # after the checkpoint
-    save_checkpoint(out, 7, {"model": model.state_dict(), "optimizer": {}, "config": flat(config), "tokenizer": tokenizer, "rng": [],
+    save_checkpoint(out, 7, {"model": model.state_dict(), "optimizer": {}, "config": to_dict(config), "tokenizer": tokenizer, "rng": [],
                              "seconds": 0.0, "data": {"sequences": 0, "train_tokens": 1}}, 1)
     return model
 

@@ -156,27 +156,11 @@ def test_optimizer_state_of_another_model_is_refused():
     optimizer = make_optimizer(param_groups(tiny_gpt(), 0.1))
     train_steps(model := tiny_gpt(), optimizer := make_optimizer(param_groups(model, 0.1)), 1)
     state = optimizer_state(optimizer)
-    for other, message in ((tiny_gpt(n_layer=1), "layers.1.attn.k.weight is unknown, and 8 more"),
+    for other, message in ((tiny_gpt(n_layer=1), "layers.1.attn.* is unknown"),
                            (tiny_gpt(d_ff=40), r"exp_avg of .*mlp.* has shape .*48.*, the parameter .*40")):
         with pytest.raises(ValueError, match=message) as error:
             load_optimizer_state(make_optimizer(param_groups(other, 0.1)), state)
         assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name, changes, message", [
-    ("adamw", {"exp_avg_sq": None}, "the optimizer's exp_avg_sq of embedding.weight is missing"),
-    ("adamw", {"momentum_buffer": torch.zeros(61, 32)}, "momentum_buffer of embedding.weight is unknown"),
-    ("adamw", {"exp_avg": torch.zeros(61, 32, dtype=torch.float64)}, "exp_avg of embedding.weight is of type torch.float64, the parameter"),
-    ("adamw", {"exp_avg": torch.zeros(())}, r"exp_avg of embedding.weight has shape \(\), the parameter \(61, 32\)"),
-    ("adamw", {"step": torch.ones(61, 32)}, r"step of embedding.weight has shape \(61, 32\)"),
-    ("muon", {"momentum_buffer": None}, "momentum_buffer of layers.0.attn.o.weight is missing")])
-def test_moments_that_are_not_the_optimizers_are_refused(name, changes, message):
-    train_steps(model := tiny_gpt(), optimizer := make_optimizer(param_groups(model, 0.1), name), 1)
-    state = optimizer_state(optimizer)
-    of = "embedding.weight" if name == "adamw" else "layers.0.attn.o.weight"
-    state[of] = {key: value for key, value in {**state[of], **changes}.items() if value is not None}
-    with pytest.raises(ValueError, match=message):
-        load_optimizer_state(make_optimizer(param_groups(tiny_gpt(), 0.1), name), state)
 
 
 def test_state_follows_names_when_the_decay_policy_changes():

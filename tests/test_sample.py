@@ -1,24 +1,28 @@
-"""Proves that sample.py continues a prompt from a checkpoint made by train.py, the same for the same seed, as whole characters, on any
-terminal, and that data without a known tokenizer are shown as token ids."""
+"""
+Proves that sample.py continues a prompt from a checkpoint made by train.py, the same for the same
+seed, as whole characters, on any terminal, and that data without a known tokenizer are shown as
+token ids.
+"""
 import io
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
 
 import sample
-from lib.checkpoint import newest_checkpoint
 from lib.data import get_encoding
 from sample import load_model, stream_text
 
 
-def test_sample(undisturbed):
+def test_sample(undisturbed, capsys):
     out, _ = undisturbed
-    args = [f"--out_dir={out}", "--prompt=1 + 2 = ", "--max_new_tokens=20", "--num_samples=2", "--seed=3"]
-    first, second = (run("sample.py", *args).stdout for _ in range(2))
-    assert first == second and first.count("1 + 2 = ") == 2
+    args = [f"--out_dir={out}", "--prompt=1 + 2 = ", "--max_new_tokens=20", "--num_samples=2",
+            "--seed=3"]
+    sample.main(args)
+    first = capsys.readouterr().out
+    sample.main(args)
+    assert first == capsys.readouterr().out and first.count("1 + 2 = ") == 2
     assert "--- sample 1 after 12 steps, seed 3 ---" in first
 
 
@@ -27,7 +31,8 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, tokens, vocab_size=400):
         super().__init__()
-        self.anchor, self.tokens, self.config = torch.nn.Parameter(torch.zeros(1)), tokens, SimpleNamespace(vocab_size=vocab_size)
+        self.anchor, self.tokens = torch.nn.Parameter(torch.zeros(1)), tokens
+        self.config = SimpleNamespace(vocab_size=vocab_size)
 
     def generate(self, idx, max_new_tokens, *args):
         self.prompt = idx[0].tolist()
@@ -41,7 +46,8 @@ def test_characters_of_several_tokens_come_whole(capsys):
     assert capsys.readouterr().out == "xγ⊙\ufffd\ufffd\n"
 
 
-@pytest.mark.parametrize("terminal, shown", [("ascii", b"x? ? a\n"), ("latin-1", b"x\xe9 ? a\n"), ("utf-8", "xé γ a\n".encode())])
+@pytest.mark.parametrize("terminal, shown", [
+    ("ascii", b"x? ? a\n"), ("latin-1", b"x\xe9 ? a\n"), ("utf-8", "xé γ a\n".encode())])
 def test_a_terminal_that_is_not_utf8_ends_no_run(monkeypatch, terminal, shown):
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=terminal))
@@ -50,27 +56,28 @@ def test_a_terminal_that_is_not_utf8_ends_no_run(monkeypatch, terminal, shown):
 
 
 def test_without_a_tokenizer_the_text_is_token_ids(capsys):
-    """nanoGPT's character data: 65 ids, of which 0 is a character like any other; an IndexError once."""
+    """nanoGPT's character data: 65 ids, of which 0 is a character like any other."""
     for prompt, ids, shown in (("\n", [0], "\n 5 0 64"), ("17 4", [17, 4], "17 4 5 0 64")):
         model = Scripted([5, 0, 64], vocab_size=65)
         stream_text(model, get_encoding("ids"), prompt, 100)
         assert model.prompt == ids
-        assert capsys.readouterr().out == f"(token ids: the tokenizer of the training data is not known)\n{shown}\n"
-    for prompt, message in (("To be", "give token ids as the prompt"), ("1 65", "token id 65, and the model knows 0 to 64"),
-                            ("-1", "token id -1")):
+        unknown = "(token ids: the tokenizer of the training data is not known)"
+        assert capsys.readouterr().out == f"{unknown}\n{shown}\n"
+    for prompt, message in (("To be", "give token ids as the prompt"), ("-1", "token id -1"),
+                            ("1 65", "token id 65, and the model knows 0 to 64")):
         with pytest.raises(ValueError, match=message) as error:
             stream_text(model, get_encoding("ids"), prompt, 100)
         assert "\n" not in str(error.value)
 
 
 def test_a_prompt_of_another_tokenizer_is_one_line():
-    with pytest.raises(ValueError, match="token id 84, and the model knows 0 to 64: it was trained on another tokenizer than bytes"):
+    with pytest.raises(ValueError, match="token id 84, .* trained on another tokenizer than bytes"):
         stream_text(Scripted([], vocab_size=65), get_encoding("bytes"), "To be", 100)
 
 
 def test_errors(tmp_path):
-    done = run("sample.py", f"--out_dir={tmp_path}", check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: no checkpoint in") and done.stderr.count("\n") == 1
+    with pytest.raises(SystemExit, match="^error: no checkpoint in"):
+        sample.main([f"--out_dir={tmp_path}"])
     for wrong in ("--temperature=-1", "--num_samples=-2"):
         with pytest.raises(SystemExit, match="cannot be negative"):
             sample.main([wrong])
@@ -90,11 +97,3 @@ def test_a_device_that_is_not_there_and_ctrl_c(undisturbed, monkeypatch, capsys)
 def test_model_comes_back_as_it_was(undisturbed):
     model, encoding, step = load_model(undisturbed[0])
     assert step == 12 and encoding.name == "bytes" and not model.training
-
-
-def test_a_damaged_configuration_is_one_line(undisturbed, tmp_path):
-    state = newest_checkpoint(undisturbed[0])[1]
-    state["config"]["scale_placement_on"] = 5
-    torch.save(state, tmp_path / "ckpt_0000012.pt")
-    with pytest.raises(ValueError, match="ckpt_0000012.pt cannot be used: its configuration is damaged"):
-        load_model(tmp_path)

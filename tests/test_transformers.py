@@ -164,7 +164,7 @@ def test_a_run_starts_from_it(kind, dataset, tmp_path):
     theirs = theirs_on_disk(kind, tmp_path / "hf")
     export.write_tokenizer(get_encoding("bytes"), tmp_path / "hf", 16)
     argv = ["--scale_placement=dual", "--scale_reparam=original", "--scale_weight_decay=input_norm", f"--dataset={dataset}", "--device=cpu",
-            "--batch_size=4", "--max_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=12", "--eval_iters=1"]
+            "--batch_size=4", "--max_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=12", "--eval_windows=8"]
     said = export.import_run(tmp_path / "hf", tmp_path / "out", argv)
     assert "an equal function" in said and f"python train.py {tmp_path / 'out' / 'start.py'} --resume" in said
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["ckpt_0000000.pt", "config.json", "start.py"]

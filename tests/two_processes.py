@@ -1,49 +1,82 @@
 """
-Run under torchrun by test_train.py: several runs of train.py's main in the same two processes, which is quicker than to start
-them anew. Arguments: a JSON file {name: command line}, and a folder for what each process says, RANK.json {name: [status, out, err]}.
-In the run called "watched" it counts how often gradients meet, and watches where they are kept.
+Run by test_train.py under torchrun: train.py's main for each command line of a JSON file
+{name: arguments}, in the same two processes, which is quicker than to start them anew. Writes
+RANK.json, {name: [exit status, what this process printed, its errors], "averaged": see below}.
 """
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
-from conftest import train
+from conftest import UNIFIED, tiny_batch, tiny_gpt, train
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train as program
 from lib import data
+from lib.config import load_config
+from lib.process import Process
+from optim import make_optimizer, param_groups
 
-training_step = program.training_step
-seen = {"meetings": [], "moved": [], "left": 0.0, "warnings": 0}
+rendezvous = dist.rendezvous
 
 
-def watched_step(model, parallel, *rest):
-    """training_step, watched: one call of the hook for each bucket that meets."""
-    def hook(state, bucket):
-        seen["meetings"][-1] += 1
-        return allreduce_hook(state, bucket)
-    if not seen["meetings"]:
-        parallel.register_comm_hook(None, hook)
-    before = [None if p.grad is None else p.grad.data_ptr() for p in model.parameters()]
-    seen["meetings"].append(0)
-    outcome = training_step(model, parallel, *rest)
-    seen["moved"].append(sum(old != p.grad.data_ptr() for old, p in zip(before, model.parameters())))
-    seen["left"] += sum(p.grad.abs().sum().item() for p in model.parameters())
+class WithIdle(program.GPT):
+    """A fork's model, with a matrix that the forward pass forgets."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers[0].idle = torch.nn.Parameter(torch.ones(2, 2))
+
+
+def own_store(name):
+    """A part of the store of its own for what follows, as each start of torchrun has its own."""
+    dist.rendezvous = lambda url: ((dist.PrefixStore(name, store), *rest)
+                                   for store, *rest in rendezvous(url))
+
+
+def run(name, arguments):
+    """What one run returned and printed."""
+    own_store(name)
+    program.GPT = WithIdle if name == "idle" else WithIdle.__base__
+    # -1: as for a large dataset, whose tokens are only checked when they are read
+    data.VERIFY_AT_START = -1 if name == "bad" else 2 ** 30
+    outcome = train(*arguments)
+    if dist.is_initialized():  # after an error: the processes would have ended
+        dist.destroy_process_group()
     return outcome
 
 
-rendezvous, said = dist.rendezvous, {}
-for name, argv in json.loads(Path(sys.argv[1]).read_text()).items():
-    # each run in a part of the store of its own, as each start of torchrun has a store of its own
-    dist.rendezvous = lambda url, name=name: ((dist.PrefixStore(name, store), *rest) for store, *rest in rendezvous(url))
-    program.training_step = watched_step if name == "watched" else training_step
-    data.VERIFY_AT_START = -1 if name == "bad" else 2 ** 30  # as a large dataset, whose tokens are only checked when they are read
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        said[name] = train(*argv)
-    seen["warnings"] += sum("buffers" in str(warning.message) for warning in caught)
-    assert not dist.is_initialized()
-Path(sys.argv[2], f"{os.environ['RANK']}.json").write_text(json.dumps({**said, "seen": seen}))
+def averaged(steps=4):
+    """How often a bucket of gradients is averaged in each step of three micro-steps, how many
+    gradients have left their bucket after it, and the sum of what is left in them."""
+    process, seen = Process(), {"averaged": [], "moved": [], "left": 0.0}
+    process.start(load_config(["--device=cpu"]))
+    model, batches = tiny_gpt(**UNIFIED), SimpleNamespace(micro_steps=3, fetch=lambda: None)
+    batches.x, batches.y = tiny_batch(process.rank)
+    parallel = process.parallel(model)
+    parallel.register_comm_hook(None, lambda state, bucket: count(bucket))
+    optimizer = make_optimizer(param_groups(model, 0.1))
+
+    def count(bucket):
+        seen["averaged"][-1] += 1
+        return allreduce_hook(None, bucket)
+
+    for _ in range(steps):
+        seen["averaged"].append(0)
+        before = [p.grad if p.grad is None else p.grad.data_ptr() for p in model.parameters()]
+        program.training_step(model, parallel, optimizer, batches, 1e-2, 1.0, process, False)
+        seen["moved"].append(sum(old != p.grad.data_ptr()
+                                 for old, p in zip(before, model.parameters())))
+        seen["left"] += sum(p.grad.abs().sum().item() for p in model.parameters())
+    return seen
+
+
+outcomes = {name: run(name, arguments)
+            for name, arguments in json.loads(Path(sys.argv[1]).read_text("utf-8")).items()}
+own_store("averaged")
+outcomes["averaged"] = averaged()
+Path(sys.argv[2], f"{os.environ['RANK']}.json").write_text(json.dumps(outcomes), "utf-8")
+dist.destroy_process_group()

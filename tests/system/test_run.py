@@ -1,0 +1,356 @@
+"""
+Proves that what a run leaves on disk is whole, is its own and is never replaced: checkpoints, log
+and summary; and that a resume restores exactly what the new request does not change.
+"""
+import json
+import math
+import pickle
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import UNIFIED_CONFIG, losses, read_log, refused, same_runs, start, train, trained
+
+import train as program
+from lib import checkpoint
+from lib.checkpoint import checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from lib.config import load_config
+from lib.data import Dataset, window_numbers
+from lib.log import lines_before, to_json
+from model import GPT, GPTConfig
+from optim import load_optimizer_state, make_optimizer, param_groups, set_learning_rate
+
+STATE = {"model": {"w": torch.arange(5000.0)}, "optimizer": {"w": {"step": torch.tensor(1.0)}},
+         "config": {"n_layer": 1}, "tokenizer": "bytes", "seconds": 1.5,
+         "data": {"sequences": 8, "train_tokens": 99}}
+# a finite step that makes some γ infinite
+RUINED = ["--learning_rate=3e37", "--weight_decay=11", "--warmup_iters=0"]
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "lock"}
+
+
+# -------------------------------------------------------------------------------------------------
+# checkpoints: whole or absent
+
+def test_round_trip_and_the_last_few_are_kept(tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, {**STATE, "model": {"w": torch.full((3,), step)}}, keep=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt_0000004.pt", "ckpt_0000005.pt"}
+    path, state = newest_checkpoint(tmp_path)
+    assert path.name == "ckpt_0000005.pt" and state["step"] == 5
+    assert state["model"]["w"].tolist() == [5.0] * 3 and state["data"] == STATE["data"]
+
+
+def test_checkpoints_are_ordered_by_number_and_other_names_are_not_ours(tmp_path):
+    for step in (12, 9_999_999, 10_000_000):
+        save_checkpoint(tmp_path, step, STATE, keep=5)
+    for name in ("ckpt_10.pt", "ckpt_20000000.pt.bad", "ckpt_00000013.pt", "ckpt.pt"):
+        (tmp_path / name).write_text("somebody's", "utf-8")
+    assert list(map(checkpoint.step_of, checkpoints(tmp_path))) == [12, 9_999_999, 10_000_000]
+    save_checkpoint(tmp_path, 10_000_001, STATE, keep=1)
+    assert len(checkpoints(tmp_path)) == 1 and (tmp_path / "ckpt_10.pt").exists()
+
+
+def test_damage_is_seen_wherever_it_is(tmp_path):
+    path = save_checkpoint(tmp_path, 1, STATE, keep=2)
+    whole = path.read_bytes()
+    middle = whole.index(torch.arange(5000.0).numpy().tobytes()[:64]) + 40  # in a tensor
+    for damaged in (b"", whole[:100], whole[:-1], whole[: len(whole) // 2], b"x" * 100,
+                    whole[:middle] + b"\xff" + whole[middle + 1:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="ckpt_0000001.pt cannot be used") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    assert load_checkpoint(path)["step"] == 1
+
+
+def test_the_newest_good_one_is_found(tmp_path, capsys):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, STATE, keep=3)
+    (tmp_path / "ckpt_0000003.pt").write_bytes(b"half")
+    (tmp_path / "ckpt_0000004.pt.tmp").write_bytes(b"never renamed")
+    assert newest_checkpoint(tmp_path)[1]["step"] == 2
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "ckpt_0000003.pt cannot be used" in printed
+    for path in checkpoints(tmp_path):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its 3 checkpoints is whole"):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path / "elsewhere") is None
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def test_a_hostile_file_runs_no_code(tmp_path):
+    marker = tmp_path / "executed"
+    save_checkpoint(tmp_path, 1, {**STATE, "model": Hostile(str(marker))}, keep=1)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(str(marker))))
+    for path in (tmp_path / "ckpt_0000001.pt", tmp_path / "plain.pt"):
+        with pytest.raises(ValueError, match="cannot be used"):
+            load_checkpoint(path)
+    assert not marker.exists()
+    torch.load(tmp_path / "ckpt_0000001.pt", weights_only=False)  # the file is hostile indeed
+    assert marker.exists()
+
+
+def test_other_files_are_not_checkpoints(tmp_path):
+    torch.save({"format": 99}, tmp_path / "a.pt")
+    torch.save([1], tmp_path / "b.pt")
+    with zipfile.ZipFile(tmp_path / "c.pt", "w") as archive:
+        archive.writestr("x", "y")
+    for name, message in (("a", "not a checkpoint of format"), ("b", "not a check"), ("c", "")):
+        with pytest.raises(ValueError, match=f"{name}.pt cannot be used: .*{message}"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_weights_of_another_shape_are_named():
+    config = dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+    model = GPT(GPTConfig(**config))
+    other = GPT(GPTConfig(**{**config, "vocab_size": 12})).state_dict()
+    message = r"x.pt cannot be used: embedding.weight has shape \(12, 8\) in it and \(11, 8\)"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_weights(model, {"model": other}, "x.pt")
+    fewer = {n: w for n, w in model.state_dict().items() if n != "embedding.weight"}
+    with pytest.raises(ValueError, match="embedding.weight has shape None in it"):
+        checkpoint.load_weights(model, {"model": fewer}, "x.pt")
+
+
+# -------------------------------------------------------------------------------------------------
+# the log
+
+def test_the_log_before_a_step(tmp_path):
+    path = tmp_path / "log.jsonl"
+    kept = "".join(json.dumps({"event": e, "step": s}) + "\n"
+                   for e, s in (("train", 1), ("eval", 1), ("train", 4)))
+    path.write_text(kept + '{"event": "train", "step": 5}\nnonsense\n[]\n{"st', "utf-8")
+    assert lines_before(path, 5) == kept
+
+
+def test_json_has_no_nan():
+    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": math.inf}], "d": "NaN", "e": True}
+    assert to_json(value) == '{"a": null, "b": [1.5, null, {"c": null}], "d": "NaN", "e": true}'
+
+
+def test_a_run_that_diverges_writes_json(dataset, tmp_path):
+    """NaN, of the validation loss too, is null in the log, which a strict reader accepts."""
+    train(*start(tmp_path, dataset, *RUINED, "--eval_interval=1", "--max_bad_steps=3"))
+
+    def refuse(name):
+        raise ValueError(name)
+    lines = (tmp_path / "log.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [r["val_loss"] for r in records if r["event"] == "eval"][1:] == [None] * 3
+
+
+# -------------------------------------------------------------------------------------------------
+# nothing is ever replaced
+
+def test_out_dir_is_guarded(undisturbed, dataset, tmp_path):
+    out, _ = undisturbed
+    before = content(out)
+    line = refused(*start(out, dataset))
+    assert "holds a run: continue it with --resume, or choose another --out_dir" in line
+    line = refused(*start(out, dataset, "--resume"))
+    assert "is a checkpoint of another run: scale_heterogeneous=True (now False)" in line
+    assert content(out) == before
+    (tmp_path / "file").write_text("", "utf-8")
+    assert "cannot be written (Not a directory)" in refused(*start(tmp_path / "file/x", dataset))
+
+
+@pytest.mark.parametrize("key", ["--resume=False", "--resume"])
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "log.jsonl"])
+def test_files_of_others_are_left_alone(dataset, tmp_path, key, name):
+    (tmp_path / name).write_text("mine", "utf-8")
+    (tmp_path / "ckpt_0000020.pt.tmp").write_text("mine too", "utf-8")
+    line = refused(*start(tmp_path, dataset, key))
+    assert "choose another --out_dir" in line
+    assert content(tmp_path) == {name: b"mine", "ckpt_0000020.pt.tmp": b"mine too"}
+
+
+def test_a_request_that_fails_leaves_nothing_but_a_lock(dataset, tmp_path, monkeypatch):
+    """So the next one needs no other folder."""
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    for keys, message in ((["--wandb_project=x"], "wandb does not start"),
+                          (["--vocab_size=100"], "token ids up to 256"),
+                          (["--n_embd=100000", "--d_ff=100000000"], "out of memory")):
+        assert message in refused(*start(tmp_path, dataset, *keys))
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "training_step", no_memory)
+        assert "recompute=True" in refused(*start(tmp_path, dataset))
+    assert content(tmp_path) == {}
+    trained(*start(tmp_path, dataset, "--max_iters=3"))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(dataset, tmp_path):
+    """It starts again; a finished run whose checkpoints are gone is refused."""
+    trained(*start(tmp_path, dataset, "--max_iters=4"))
+    (tmp_path / "ckpt_0000004.pt").unlink()
+    line = refused(*start(tmp_path, dataset, "--resume"))
+    assert "holds summary.json and no checkpoint" in line
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "ckpt_0000002.pt.tmp").write_text("half of one", "utf-8")
+    printed = trained(*start(tmp_path, dataset, "--max_iters=3", "--resume"))
+    assert "holds a log and no checkpoint: starting at step 0" in printed
+    assert len(losses(tmp_path)) == 3 and not list(tmp_path.glob("*.tmp"))
+
+
+# -------------------------------------------------------------------------------------------------
+# resuming
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path):
+    out = Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
+    args = [UNIFIED_CONFIG, *start(out, dataset, "--checkpoint_interval=4"), "--resume"]
+    before = losses(out), read_log(out, "eval"), checkpoints(out)
+    trained(*args)
+    assert before == (losses(out), read_log(out, "eval"), checkpoints(out))
+    line = refused(*args, "--max_iters=11")
+    assert "ckpt_0000012.pt has made 12 steps, and max_iters=11: set --max_iters=12" in line
+    assert before == (losses(out), read_log(out, "eval"), checkpoints(out))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, dataset, tmp_path):
+    out = Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
+    path = out / "ckpt_0000012.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    printed = trained(UNIFIED_CONFIG, *start(out, dataset, "--checkpoint_interval=4"), "--resume")
+    assert "passing over a checkpoint" in printed and "at step 8" in printed
+    same_runs(undisturbed[0], out)
+
+
+def test_a_damaged_checkpoint_never_pushes_out_a_good_one(dataset, tmp_path):
+    """keep_checkpoints=1, and the newest file is damaged: an earlier step's is the one to keep."""
+    trained(*start(tmp_path, dataset, "--max_iters=5", "--checkpoint_interval=3"))
+    (tmp_path / "ckpt_0000005.pt").write_bytes(b"half")
+    trained(*start(tmp_path, dataset, "--max_iters=4", "--keep_checkpoints=1", "--resume"))
+    assert newest_checkpoint(tmp_path)[1]["step"] == 4
+
+
+NEW = {"learning_rate": 3e-3, "weight_decay": 0.7, "scale_weight_decay": "all", "beta1": 0.5,
+       "decay_embeddings": False, "beta2": 0.8, "muon_momentum": 0.6, "scale_lr": 2.0}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_changed_hyperparameters_are_in_force(dataset, tmp_path, kind):
+    """Resumed with other values, the steps are those of an optimizer that is built here with these
+    values and given the moments."""
+    constant = ["--schedule=wsd", "--decay_share=0", "--warmup_iters=0", "--eval_interval=0"]
+    args = [UNIFIED_CONFIG, *start(tmp_path, dataset, *constant, f"--optimizer={kind}")]
+    trained(*args, "--max_iters=3")
+    state = newest_checkpoint(tmp_path)[1]
+    new = [f"--{key}={value}" for key, value in NEW.items()]
+    printed = trained(*args, "--max_iters=6", "--resume", *new)
+    assert all(f"{key}={value!r} (was " in printed for key, value in NEW.items())
+
+    config = load_config([*args, "--max_iters=6", *new])
+    split, model = Dataset(dataset, 32, 257).train, GPT(config.model)
+    model.load_state_dict(state["model"])
+    groups = param_groups(model, 0.7, "all", decay_embeddings=False, scale_lr=2.0)
+    optimizer = make_optimizer(groups, kind, 3e-3, (0.5, 0.8), 0.6)
+    load_optimizer_state(optimizer, state["optimizer"])
+    for first in range(3 * 8, 6 * 8, 8):
+        for half in (first, first + 4):  # two micro-batches of 4
+            windows = window_numbers(half, 4, len(split), config.seed)
+            (model(*map(torch.tensor, split[windows]))[1] / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        set_learning_rate(optimizer, 3e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    resumed = newest_checkpoint(tmp_path)[1]["model"]
+    assert all(torch.equal(resumed[name], w) for name, w in model.state_dict().items())
+
+
+def test_what_cannot_be_changed_is_refused_by_name(undisturbed, dataset):
+    for key, value in (("optimizer", "'muon'"), ("seed", "7"), ("n_layer", "3"),
+                       ("norm_eps", "1e-05"), ("scale_placement", "'dual'")):
+        line = refused(UNIFIED_CONFIG, *start(undisturbed[0], dataset, "--resume"),
+                       f"--{key}={value.strip(chr(39))}")
+        assert f"is a checkpoint of another run: {key}=" in line and f"(now {value})" in line
+
+
+def test_another_tokenizer_is_refused(undisturbed, dataset, tmp_path):
+    state = {**newest_checkpoint(undisturbed[0])[1], "tokenizer": "gpt2"}
+    save_checkpoint(tmp_path, 12, state, keep=1)
+    line = refused(UNIFIED_CONFIG, *start(tmp_path, dataset, "--resume"))
+    assert "tokenizer='gpt2' (now 'bytes')" in line
+
+
+def test_another_batch_size_continues_the_data_where_the_run_was(dataset, tmp_path, monkeypatch):
+    """Half the batch in the middle neither repeats nor omits a sequence: the position counts
+    sequences, not steps."""
+    read, original = [], program.window_numbers
+    monkeypatch.setattr(program, "window_numbers", lambda first, count, n, seed: read.extend(
+        range(first, first + count)) or original(first, count, n, seed))
+    args = start(tmp_path, dataset, "--gradient_accumulation_steps=1")
+    trained(*args, "--max_iters=3", "--batch_size=8")
+    first, read[:] = read[:], []
+    printed = trained(*args, "--max_iters=5", "--batch_size=4", "--resume")
+    # each run has fetched one batch ahead
+    assert first == list(range(32)) and read == list(range(24, 36))
+    assert "batch_size=4 (was 8)" in printed
+    assert newest_checkpoint(tmp_path)[1]["data"]["sequences"] == 3 * 8 + 2 * 4
+    assert read_log(tmp_path, "eval")[-1]["tokens"] == 32 * 32
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_a_length_in_tokens_is_counted_in_tokens(dataset, tmp_path, batch):
+    """max_iters=0: stopped in the middle and resumed with half or twice the batch, the run sees as
+    many tokens as it was to see."""
+    args = start(tmp_path, dataset, "--tokens_per_param=0.1", "--gradient_accumulation_steps=1",
+                 "--checkpoint_interval=4")
+    trained(*args, "--batch_size=8", "--max_iters=0")
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    budget = 0.1 * summary["params"]
+    assert budget <= summary["tokens"] < budget + 8 * 32
+    checkpoints(tmp_path)[-1].unlink()
+    trained(*args, f"--batch_size={batch}", "--max_iters=0", "--resume")
+    resumed = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert budget <= resumed["tokens"] < budget + batch * 32
+    assert resumed["steps"] != summary["steps"]
+
+
+# -------------------------------------------------------------------------------------------------
+# steps that are not finite
+
+def test_steps_that_are_not_finite_leave_a_run_that_resumes(dataset, tmp_path):
+    """A rate that ruins the weights from step 3 on: no checkpoint of the ruin remains, and a lower
+    rate continues the run."""
+    args = start(tmp_path, dataset, "--checkpoint_interval=1", "--warmup_iters=0",
+                 "--keep_checkpoints=2", "--eval_interval=0", "--max_bad_steps=3")
+    trained(*args, "--max_iters=3")
+    status, printed, errors = train(*args, "--resume", "--learning_rate=1e30")
+    assert status == 1 and printed.count("no update made") == 3 and errors.count("\n") == 1
+    assert "error: 3 steps in a row up to step 6 were not finite (max_bad_steps=3)" in errors
+    assert "ckpt_0000003.pt" in errors
+    assert [r["loss"] is None for r in read_log(tmp_path, "train")] == [False] * 4 + [True] * 3
+    assert [p.name for p in checkpoints(tmp_path)] == ["ckpt_0000003.pt"]
+    assert (tmp_path / "ckpt_0000004.pt.bad").exists()
+    assert "at step 3" in trained(*args, "--resume")
+    assert len(losses(tmp_path)) == 12 and None not in losses(tmp_path)
+
+
+def test_a_run_does_not_end_on_steps_that_are_not_finite(dataset, tmp_path):
+    status, _, errors = train(*start(tmp_path, dataset, "--learning_rate=1e30", "--warmup_iters=0",
+                                     "--max_iters=4"))
+    assert status == 1 and "3 steps in a row up to step 3 were not finite" in errors
+    assert not checkpoints(tmp_path) and not (tmp_path / "summary.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path):
+    status, _, errors = train(*start(tmp_path, dataset, *RUINED, "--checkpoint_interval=1"))
+    assert status == 1 and "the weights after 1 steps were not finite" in errors
+    assert not checkpoints(tmp_path)
