@@ -5,8 +5,10 @@ ZERO_CENTERED = {"scale_reparam": "zero_centered"}
 
 title = "Zero-centered scale vectors"
 question = "does decay towards 1 do as well as decay by role?"
-rows = {"baseline": {}, "baseline without decay on γ": NO_DECAY, "baseline with γ = 1 + α": ZERO_CENTERED, "unified": UNIFIED,
+rows = {"baseline": {}, "baseline without decay on γ": NO_DECAY,
+        "baseline with γ = 1 + α": ZERO_CENTERED, "unified": UNIFIED,
         "HG + DNP with γ = 1 + α": {**HG, **DNP, **ZERO_CENTERED}}
-comparisons = {("baseline without decay on γ", "baseline"): {}, ("baseline with γ = 1 + α", "baseline"): {}, ("unified", "baseline"): {},
+comparisons = {("baseline without decay on γ", "baseline"): {},
+               ("baseline with γ = 1 + α", "baseline"): {}, ("unified", "baseline"): {},
                ("HG + DNP with γ = 1 + α", "unified"): {}}
-scales = {"cpu": CPU, "gpu": GPU}
+scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}
