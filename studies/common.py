@@ -14,8 +14,8 @@ A study is a plain file of these names:
                      "tuning_seeds": how many of the seeds tune (1),
                      "protocol": "paper" or "both" (see study/plan.py),
                      "rows": {label: keys at this scale only}}}
-A model is {"config": file, "keys": keys, "learning_rates": grid} and, if need be, "rows": the labels
-that it runs, and "tuning": keys that replace the others while learning rates are tuned.
+A model is {"config": file, "keys": keys, "learning_rates": grid} and, if need be, "rows": the
+labels that it runs, and "tuning": keys that replace the others while learning rates are tuned.
 """
 # ------------------------------------------------------------------------- the table of variants
 NONE = {"scale_vectors": False}

@@ -1,5 +1,5 @@
-"""The paper's figure 1: Llama-0.12B with and without scale vectors, and without them for longer, until
-the losses meet."""
+"""The paper's figure 1: Llama-0.12B with and without scale vectors, and without them for longer,
+until the losses meet."""
 from studies.common import CPU_MODEL, GPU, NO_DECAY, NONE, PAPER, TEN_SEEDS
 
 SHORT = ("baseline", "no scale vectors", "baseline without decay on γ")

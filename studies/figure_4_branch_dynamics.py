@@ -1,9 +1,9 @@
-"""The paper's figure 4, the motive of HG: the norms of W_Q, W_K and W_V over training, in one layer of
-the baseline."""
+"""The paper's figure 4, the motive of HG: the norms of W_Q, W_K and W_V over training, in one layer
+of the baseline."""
 from studies.common import CPU, GPU, PAPER
 
 title = "Figure 4, branch dynamics"
-question = "do the query, key and value matrices, which share one γ, grow and decay at different rates?"
+question = "do query, key and value matrices, which share one γ, move at different rates?"
 rows = {"baseline": {}}
 picture = "matrix norms"
 matrices = ("layers.2.attn.", ("q", "k", "v"))  # the third layer

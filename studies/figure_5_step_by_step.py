@@ -1,5 +1,5 @@
-"""The paper's figure 5: from the baseline to the unified strategy, one step at a time. Its four panels:
-HG, then a placement, then a reparameterization, then decay by role."""
+"""The paper's figure 5: from the baseline to the unified strategy, one step at a time. Its four
+panels: HG, then a placement, then a reparameterization, then decay by role."""
 from studies.common import AP, CPU, DNP, DP, ER, GPU, HG, IWD, NO_DECAY, OR, PAPER, TEN_SEEDS
 
 title = "Figure 5, step by step"
@@ -16,7 +16,7 @@ rows = {
     "HG + DNP + ER + IWD": {**HG, **DNP, **ER, **IWD},
     "HG + DP + OR": {**HG, **DP, **OR},
     "HG + DP + ER": {**HG, **DP, **ER},
-    "baseline without decay on γ": NO_DECAY,  # ours: a decay policy belongs to the baseline's tuning
+    "baseline without decay on γ": NO_DECAY,  # ours: decay is part of its tuning
 }
 comparisons = {
     ("HG", "baseline"): {"0.12B": -0.0044},

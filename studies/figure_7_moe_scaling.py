@@ -10,7 +10,7 @@ picture = "scaling"
 
 
 def cpu(rates, **shape):
-    """8 experts, 2 active, and a shared one four times as wide as they are, the paper's 8/3 n_embd."""
+    """8 experts, 2 active, and a shared one four times as wide, the paper's 8/3 n_embd."""
     return {**CPU_MODEL, "learning_rates": rates,
             "keys": {"n_expert": 8, "n_expert_active": 2, **shape}}
 

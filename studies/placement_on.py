@@ -10,5 +10,6 @@ rows = {"baseline": {}, "unified": UNIFIED,
         "unified on o and down too": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up,head,o,down"},
         "learnable multipliers": {**HG, **DP, "scale_placement_on": "q,k,v,gate,up,head,o,down"}}
 comparisons = {("unified", "baseline"): {}, ("unified but the head", "unified"): {},
-               ("unified on o and down too", "unified"): {}, ("learnable multipliers", "baseline"): {}}
+               ("unified on o and down too", "unified"): {},
+               ("learnable multipliers", "baseline"): {}}
 scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}

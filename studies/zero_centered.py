@@ -1,4 +1,4 @@
-"""Ours: γ = 1 + α, as Gemma and Qwen3-Next write it, so that weight decay pulls γ to 1 instead of 0."""
+"""Ours: γ = 1 + α, as Gemma and Qwen3-Next write it, so that decay pulls γ to 1 instead of 0."""
 from studies.common import CPU, DNP, GPU, HG, NO_DECAY, UNIFIED
 
 ZERO_CENTERED = {"scale_reparam": "zero_centered"}

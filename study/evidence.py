@@ -85,7 +85,7 @@ def seeds_needed(found, difference=0.005):
 def by_seed(losses, model, row, rate, tuning=False):
     """{seed: loss} of a row at a learning rate."""
     return {cell.seed: loss for cell, loss in losses.items()
-            if (cell.model, cell.row, cell.learning_rate, cell.tuning) == (model, row, rate, tuning)}
+            if (*cell[:3], cell.tuning) == (model, row, rate, tuning)}
 
 
 def best_rate(losses, study, model, row, whole=True):
@@ -150,8 +150,8 @@ def verdict(paper, found):
 
 
 def judge(rule, comparison):
-    """Does a comparison satisfy the rule: by its protocol and over all its seeds, the whole interval
-    below 0 and the mean at least that far below?"""
+    """Does a comparison satisfy the rule: by its protocol and over all its seeds, is the whole
+    interval below 0, and the mean at least that far below?"""
     found = comparison.get(rule["protocol"])
     if not found or found["seeds"] < rule["seeds"]:
         return f"not run with {rule['seeds']} seeds yet"
@@ -174,8 +174,8 @@ def compute_multiplier(compute, losses, others):
     `losses` has there: {"laws", "multiplier", "low", "high"}. One {seed: loss} a size.
 
     With the fitted lines, C'/C = exp(g / b), b the exponent of `others` and g the difference of the
-    lines in log L at the largest C, a weighted sum of the differences at all sizes. Its t-interval
-    comes from all seeds of all sizes, paired; b, which is known far better than g, is held fixed."""
+    lines in log L at the largest C, a weighted sum of the differences at all sizes. Its interval
+    comes from all seeds of all sizes, paired; b is known far better than g, and is held fixed."""
     seeds = [sorted(a.keys() & b.keys()) for a, b in zip(losses, others)]
     laws = [power_law(compute, [statistics.mean(d[s] for s in shared)
                                 for d, shared in zip(side, seeds)]) for side in (others, losses)]

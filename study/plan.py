@@ -2,13 +2,13 @@
 What a study is: a plain file of data in studies/, completed, checked, and laid out as cells.
 
   Model, Study   what studies/common.py describes, as dataclasses that check themselves
+  Cell           one run of a study
   load_study     a study file at one scale, with your row if it takes one
-  Cell           one run of a study: model, row, learning rate, seed; a tuning run may be shorter
-  read_idea      the row "yours" from a config and from --key=value
+  read_idea      your row, from a config and from --key=value
 
-Learning rates: the first row is tuned on its grid, on the tuning seeds (the first seed, if the scale
-names no number of them), and every row runs at that rate with every seed. That is the paper's
-protocol. By protocol "both" each row is also tuned in the same way, and runs at its own best rate.
+First the first row's learning rate is tuned on its grid, on the tuning seeds (one, unless the scale
+names more). Then every row runs at that rate with every seed, the paper's protocol. By protocol
+"both" each row is tuned in the same way, and also runs at its own best rate.
 """
 import hashlib
 import itertools
@@ -22,14 +22,14 @@ from lib.config import known_key, load_config, parse_value, read_config_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms")
-# a row of yours may differ in its strategy, never in data, length, batch, learning rate or evaluation
+# all rows of a study share these and eval_*: a row may differ from the others in its strategy only
 SHARED_KEYS = {"dataset", "vocab_size", "block_size", "batch_size", "gradient_accumulation_steps",
                "max_iters", "tokens_per_param", "seed", "learning_rate", "min_lr", "warmup_iters",
                "schedule", "decay_share", "decay_shape", "max_bad_steps", "resume", "overwrite"}
 
 
 class Cell(NamedTuple):
-    """One run of a study. tuning: it has the model's tuning keys, such as a quarter of the steps."""
+    """One run of a study. tuning: it has the model's tuning keys, such as fewer steps."""
     model: str
     row: str
     learning_rate: float
@@ -44,14 +44,13 @@ class Model:
     keys: dict
     learning_rates: tuple
     rows: tuple = ()  # labels; without them the model runs all rows
-    tuning: dict = field(default_factory=dict)  # keys that replace the model's while rates are tuned
+    tuning: dict = field(default_factory=dict)  # keys that replace the others while tuning
 
     def __post_init__(self):
-        rates = self.learning_rates
         require(isinstance(self.config, str), "'config' must be the path of a config file")
-        require(isinstance(self.keys, dict) and isinstance(self.tuning, dict),
+        require(all(isinstance(keys, dict) for keys in (self.keys, self.tuning)),
                 "'keys' and 'tuning' must be {key: value}")
-        require(isinstance(rates, (tuple, list)) and rates and all(map(is_number, rates)),
+        require(self.learning_rates and all(map(is_number, self.learning_rates)),
                 "'learning_rates' must be one rate or more, such as (2e-3, 4e-3)")
 
 
@@ -73,31 +72,25 @@ class Study:
     yours: tuple = ()
     matrices: tuple = ()
     costs: dict = field(default_factory=dict)
-    steps: int = 0  # --steps: all rows are shortened to so many steps
+    steps: int = 0  # --steps: every row is shortened to so many
 
     def __post_init__(self):
-        rows, panels = self.rows, self.panels
-        require(isinstance(rows, dict) and rows and all(isinstance(v, dict) for v in rows.values()),
+        rows = self.rows
+        require(rows and all(isinstance(keys, dict) for keys in rows.values()),
                 "rows must be {label: {key: value}}, one row or more")
         require(all(isinstance(row, str) and "," not in row for row in rows),
                 "a row's label must be a string without a comma, which --rows puts between labels")
-        require(isinstance(self.seeds, (tuple, list)) and self.seeds and self.tuning_seeds > 0,
-                "'seeds' must be one seed or more, such as (1, 2, 3)")
-        require(isinstance(self.models, dict) and self.models, "'models' must be one or more")
-        require(isinstance(self.comparisons, dict) and all(
-            isinstance(paper, dict) and all(map(is_number, paper.values()))
-            for paper in self.comparisons.values()),
-            "comparisons must be {(row, other row): {model: the paper's difference}}")
-        require(isinstance(panels, list) and all(isinstance(p, list) and p for p in panels),
-                "panels must be lists of rows, [['a', 'b'], ['a', 'c']]")
+        require(self.seeds and self.models, "'seeds' and 'models' must be one or more")
+        paper = [value for values in self.comparisons.values() for value in values.values()]
+        require(all(map(is_number, paper)), "comparisons must be "
+                "{(row, other row): {model: the paper's difference}}")
         require(self.picture in PICTURES, f"picture must be one of {', '.join(PICTURES)}")
-        require(self.protocol in ("paper", "both"), "protocol must be 'paper' or 'both'")
         self.models = {name: Model(**spec) if isinstance(spec, dict) else spec
                        for name, spec in self.models.items()}
-        named = [*itertools.chain(*self.comparisons, *panels, *(m.rows for m in self.models.values()))]
-        for row in named:
+        models = [model.rows for model in self.models.values()]
+        for row in itertools.chain(*self.comparisons, *self.panels, *models):
             require(row in rows, f"a comparison, panel or model names {row!r}, which is no row")
-        self.panels = panels or [list(rows)]
+        self.panels = self.panels or [list(rows)]
 
     def rows_of(self, model):
         return list(self.models[model].rows or self.rows)
@@ -115,30 +108,27 @@ class Study:
 
     def tuning_cells(self, rows):
         """The grids of the first row and, by protocol "both", of all rows, as far as `rows` go."""
-        for name, model in self.models.items():
-            tuned = self.rows_of(name) if self.protocol == "both" else self.rows_of(name)[:1]
-            for row, rate, seed in itertools.product(tuned, model.learning_rates,
-                                                     self.seeds[:self.tuning_seeds]):
-                if row in rows:
-                    yield Cell(name, row, rate, seed, self.has_short_tuning(name))
+        tuned, seeds = None if self.protocol == "both" else 1, self.seeds[:self.tuning_seeds]
+        return [Cell(name, row, rate, seed, self.has_short_tuning(name))
+                for name, model in self.models.items()
+                for row in self.rows_of(name)[:tuned] if row in rows
+                for rate, seed in itertools.product(model.learning_rates, seeds)]
 
     def seed_cells(self, rows, seeds, best):
-        """Every row at the first row's best rate, then at its own. best {(model, row): rate}"""
+        """Every row at the first row's best rate, and at its own. best {(model, row): rate}"""
         cells = [Cell(model, row, best.get((model, tuned)), seed) for model in self.models
                  for seed in seeds for row in self.rows_of(model) if row in rows
-                 for tuned in dict.fromkeys((self.rows_of(model)[0], row))]
+                 for tuned in (self.rows_of(model)[0], row)]
         return list(dict.fromkeys(cell for cell in cells if cell.learning_rate is not None))
 
     def select_rows(self, labels):
-        """These rows, the first row, whose rate is everyone's, and the rows they are compared with."""
-        for row in labels or ():
-            if row not in self.rows:
-                raise ValueError(f"{self.name} has no row {row!r}: choose among {', '.join(self.rows)}")
-        if not labels:
-            return list(self.rows)
-        others = {other for row, other in self.comparisons if row in labels}
-        firsts = {self.rows_of(model)[0] for model in self.models}
-        return [row for row in self.rows if row in {*labels, *others, *firsts}]
+        """These rows, those they are compared with, and the first, whose rate is everyone's."""
+        if unknown := [row for row in labels or () if row not in self.rows]:
+            raise ValueError(f"{self.name} has no row {unknown[0]!r}: choose among "
+                             f"{', '.join(self.rows)}")
+        wanted = {*(labels or self.rows), *(self.rows_of(model)[0] for model in self.models),
+                  *(other for row, other in self.comparisons if row in (labels or ()))}
+        return [row for row in self.rows if row in wanted]
 
     def check_rows(self):
         """The datasets of all rows. Raises ValueError if train.py would refuse a row: before any
@@ -155,7 +145,6 @@ class Study:
 
 
 def require(holds, message):
-    """Raise ValueError with the message and where to read on, unless `holds`."""
     if not holds:
         raise ValueError(f"{message}: see studies/common.py")
 
@@ -165,7 +154,7 @@ def is_number(value):
 
 
 def config_of(config_file, keys):
-    """The TrainConfig of these keys on top of a config file. Raises ValueError on impossible keys."""
+    """The TrainConfig of these keys on top of a config file. Raises ValueError if it has none."""
     return load_config([str(ROOT / config_file), *(f"--{k}={v}" for k, v in keys.items())])
 
 
@@ -181,64 +170,54 @@ def read_study(path):
 
 
 def load_study(path, scale, idea=None, steps=0, name=""):
-    """The Study of a file at a scale. idea: keys of the row "yours"; steps: all rows are shortened
+    """The Study of a file at a scale. idea: keys of the row "yours"; steps: every row is shortened
     to so many. Raises ValueError if something in the file is not as studies/common.py says."""
     values, stem = read_study(path), Path(path).stem
     of_scale = {"seeds", "models", "tuning_seeds", "protocol"}
     known = {f.name for f in fields(Study)} - {"name", "steps", *of_scale}
     try:
-        scales = values.pop("scales", None)
-        require(isinstance(scales, dict) and scales, "scales must be {name: {...}}, one or more")
-        if scale not in scales:
-            raise ValueError(f"no scale {scale!r}: choose one of {', '.join(scales)}")
-        spec = dict(scales[scale])
+        if scale not in values["scales"]:
+            raise ValueError(f"no such scale: choose one of {', '.join(values['scales'])}")
+        spec = dict(values["scales"][scale])
         own = spec.pop("rows", {})  # keys that a row has at this scale only
         study = Study(**{k: v for k, v in values.items() if k in known}, **spec, name=stem)
-        require(own.keys() <= study.rows.keys(), f"scale {scale!r} gives keys to a row not there")
-    except (TypeError, ValueError, AttributeError) as error:
-        hint = "" if isinstance(error, ValueError) else ": see studies/common.py"
+        require(own.keys() <= study.rows.keys(), "'rows' of a scale names a row not there")
+        study.rows = {row: {**keys, **own.get(row, {})} for row, keys in study.rows.items()}
+    except (TypeError, AttributeError, KeyError) as error:
         reason = str(error).replace(".__init__()", "")
-        raise ValueError(f"{path}, scale {scale!r}: {reason}{hint}") from None
-    study.rows = {row: {**keys, **own.get(row, {})} for row, keys in study.rows.items()}
+        raise ValueError(f"{path}, scale {scale!r}: {reason}: see studies/common.py") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, scale {scale!r}: {error}") from None
     if idea:
-        study = with_idea(study, idea)
-    if name:
-        study.name = f"{stem}_{name}"
-    return shortened(study, steps) if steps else study
-
-
-def with_idea(study, idea):
-    """The study with the row "yours", and a name of its own: two ideas may begin alike."""
-    if not study.yours:
-        raise ValueError(f"{study.name} has no row of yours for {' '.join(f'{k}={v}' for k, v in idea.items())}: "
-                         "use studies/track.py")
-    words = re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in idea.items()).lower())
-    name = f"{words.strip('_')[:60]}_{hashlib.sha256(repr(idea).encode()).hexdigest()[:6]}"
-    return replace(study, name=f"{study.name}_{name}", rows={**study.rows, "yours": idea}, panels=[],
-                   comparisons={**study.comparisons, **{("yours", row): {} for row in study.yours}})
-
-
-def shortened(study, steps):
-    """The study with so many steps in every row, which its name and title say."""
-    if longer := [row for row, keys in study.rows.items() if "max_iters" in keys]:
-        raise ValueError(f"row {longer[0]!r} has a length of its own, which --steps would undo")
+        if not study.yours:
+            raise ValueError(f"{stem} has no row of yours for {idea}: use studies/track.py")
+        words = re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in idea.items()).lower())
+        unique = hashlib.sha256(repr(idea).encode()).hexdigest()[:6]  # two ideas may begin alike
+        study = replace(
+            study, name=f"{stem}_{words[:60]}_{unique}", panels=[],
+            rows={**study.rows, "yours": idea},
+            comparisons={**study.comparisons, **{("yours", row): {} for row in study.yours}})
+    study.name = f"{stem}_{name}" if name else study.name
+    if steps and any("max_iters" in keys for keys in study.rows.values()):
+        raise ValueError(f"a row of {stem} has a length of its own, which --steps would undo")
     return replace(study, steps=steps, name=f"{study.name}_{steps}_steps",
-                   title=f"{study.title}, shortened to {steps} steps")
+                   title=f"{study.title}, shortened to {steps} steps") if steps else study
 
 
 def read_idea(configs, keys, base):
-    """{key: value} of the row "yours": `base` first, then configs, then --key=value. Raises
-    ValueError on a key that all rows of a study share."""
+    """{key: value} of the row "yours": `base`, then configs, then --key=value. Raises ValueError on
+    a key that all rows share."""
     values = dict(base)
     for path in configs:
         values |= check_idea(read_config_file(path), path)
     for text in keys:
+        key, given, value = text.removeprefix("--").partition("=")
         if not text.startswith("--"):
             raise ValueError(f"{text!r}: write --key=value with a key of train.py")
-        key, given, value = text.removeprefix("--").partition("=")
         known_key(key, "the command line")
         values |= check_idea({key: parse_value(key, value if given else "True")}, text)
-    return {key: value for key, value in values.items() if key != "out_dir"}
+    values.pop("out_dir", None)
+    return values
 
 
 def check_idea(values, where):

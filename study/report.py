@@ -1,8 +1,8 @@
 """
 Draw runs: losses over steps and over time, and how each scale vector and matrix moved.
 
-  python -m study.report out/quickstart                              writes out/quickstart/report.png
-  python -m study.report out/baseline out/unified --out=both.png     compares runs
+  python -m study.report out/quickstart                           writes out/quickstart/report.png
+  python -m study.report out/baseline out/unified --out=both.png  compares runs
 
 Reads log.jsonl and summary.json of each run folder. A last line that is half written, as a killed
 run leaves it, is passed over. Drawn where the log has it: "alpha", the size of α, and "beta" of
@@ -170,7 +170,7 @@ def limits_of(groups):
 
 
 def report(runs, path):
-    """Write the picture of the runs to `path`: losses on top, then a block for each run and kind."""
+    """Write the picture of the runs: losses on top, then a block for each run and kind."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -8,7 +8,6 @@ picture beside it.
 """
 import json
 import math
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from lib.config import meta_model, tokens_per_step
 from lib.disk import write_whole
 from study.evidence import fit_scaling, judge, summarize
 from study.plan import Cell, config_of
-from study.runs import NUMBERS, code, digest
+from study.runs import NUMBERS, PYTHON, code, digest
 from study.tables import table
 
 
@@ -34,9 +33,10 @@ def load_results(path):
                          "--results") from None
 
 
-def load_records(folder, with_norms=False):
-    """{digest of settings: [run, ...]} of all results JSONs in a folder. with_norms: only the runs
-    that have the norms of matrices."""
+def load_records(folder, with_norms=False, python=PYTHON):
+    """{digest of settings: [run, ...]} of all results JSONs in a folder. Only runs by this Python
+    count, whose standard library is the built-in data. with_norms: only those that have norms of
+    matrices."""
     records = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
@@ -44,7 +44,7 @@ def load_records(folder, with_norms=False):
         except ValueError:
             continue  # of another tool
         for run in runs:
-            if "settings" in run and ("norms" in run or not with_norms):
+            if run.get("python") == python and ("norms" in run or not with_norms):
                 records.setdefault(run["settings"], []).append(run)
     return records
 
@@ -59,6 +59,10 @@ def cells_before(before, study, find):
     now, so that nothing is lost or mixed. find: cell -> Run."""
     cells = [cell_of(record) for record in before.get("runs", ())]
     for cell, record in zip(cells, before.get("runs", ())):
+        if record.get("python") != PYTHON:
+            raise ValueError(f"results/{study.name} hold runs by Python {record.get('python')}, "
+                             f"whose standard library is other data than {PYTHON}'s: give another "
+                             "--results")
         known = cell.model in study.models and cell.row in study.rows_of(cell.model)
         if not known or record.get("settings") != digest(find(cell).settings):
             raise ValueError(f"results/{study.name} hold a run of {cell.row!r} ({cell.model}) with "
@@ -80,8 +84,10 @@ def record_of(cell, run, loss, matrices):
     """What the JSON holds of a run."""
     record = {**{k: v for k, v in cell._asdict().items() if k != "tuning" or v}}
     record["state"] = "done" if math.isfinite(loss) else "diverged"
-    record |= {"settings": digest(run.settings), "code": run.made_by().get("code", "")}
-    if not (run.folder / "summary.json").is_file() and run.record:
+    made_by = {"code": "", "python": PYTHON, **run.made_by()}
+    record |= {"settings": digest(run.settings), "code": made_by["code"],
+               "python": made_by["python"]}
+    if run.is_recorded:
         return {**run.record, **record}
     if record["state"] == "done":
         summary = run.summary()
@@ -103,7 +109,7 @@ def collect(study, scale, runs, planned, command, before):
               for name, model in study.models.items()}
     return {"study": study.name, "title": study.title, "question": study.question, "scale": scale,
             "command": command, **sets, "code": sorted({r["code"] for r in records} - {""}),
-            "python": platform.python_version(), "picture": study.picture, "panels": study.panels,
+            "picture": study.picture, "panels": study.panels,
             "rows": study.rows, "seeds": list(study.seeds), "tuning_seeds": study.tuning_seeds,
             "steps": study.steps, "models": models, "rule": study.rule, "costs": study.costs,
             "missing": len(set(planned) - losses.keys()), "results": summarize(study, losses),

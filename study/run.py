@@ -1,13 +1,13 @@
 """
-Remake a result of the paper, or try an idea: run what is missing, then table, picture and JSON.
+Remake a result of the paper, or try an idea: make the missing runs, then table, picture and JSON.
 
   python -m study.run studies/figure_5_step_by_step.py --jobs=2
   python -m study.run studies/figure_5_step_by_step.py --print       each run as a train.py line
   python -m study.run studies/track.py configs/mine.py --on=unified  your idea beside the others
   python -m study.run --docs            write the tables of docs/ and README from results/
 
-First the learning rates are tuned, then every row runs with every seed (study/plan.py says how).
-Runs are train.py's, one folder each under out/studies/<scale>, shared by all studies. A run that has
+First learning rates are tuned, then every row runs with every seed (study/plan.py says how). Runs
+are train.py's, one folder each under out/studies/<scale>, shared by all studies. A run that has
 ended, or that a JSON under results/ holds with the same settings, is not made again; one that was
 interrupted is resumed; Ctrl-C ends the runs after they have saved. results/<study>_<scale>.json
 keeps every run that it holds, and new ones are added.
@@ -23,60 +23,56 @@ from pathlib import Path
 from lib.config import BUILTIN
 from lib.disk import write_whole
 from prepare_data import prepare_builtin
+from study import results
 from study.evidence import best_rates, seeds_needed, summarize
 from study.plan import ROOT, load_study, read_idea, read_study
-from study.results import cells_before, collect, load_records, load_results, losses_of, write_results
 from study.runs import Pool, Run, RunFolders, code, digest, folder_name
 from study.tables import fill, interval
 
 
 def duration(seconds):
-    for limit, unit, size in ((60, "s", 1), (5400, "m", 60), (float("inf"), "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.1f}h" if unit == "h" else f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s" if seconds < 60 else f"{seconds / 60:.0f}m" if seconds < 5400 else \
+        f"{seconds / 3600:.1f}h"
 
 
 class Work:
-    """One study under way: its cells, the Run of each, and what they have found so far."""
+    """One study under way: its cells, the Run of each, and the losses that they have found."""
 
     def __init__(self, study, folders, args, before):
-        self.study, self.folders, self.args, self.runs = study, folders, args, {}
-        self.rows = study.select_rows(args.rows)
-        self.seeds = args.seeds or study.seeds
+        self.study, self.folders, self.runs = study, folders, {}
+        self.rows, self.seeds = study.select_rows(args.rows), args.seeds or study.seeds
         study.select_rows(args.redo)
         self.pinned = {"yours", *args.redo}  # rows of which only runs by today's code count
-        self.earlier = cells_before(before, study, self.find)
+        self.earlier = results.cells_before(before, study, self.find)
 
     def find(self, cell):
+        """The Run of a cell."""
         if cell not in self.runs:
-            made_by = code() if cell.row in self.pinned else None
-            config = self.study.models[cell.model].config
             label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
-            keys = self.study.keys(cell)
-            self.runs[cell] = self.folders.find(label, config, keys, made_by)
+            self.runs[cell] = self.folders.find(label, self.study.models[cell.model].config,
+                                                self.study.keys(cell),
+                                                code() if cell.row in self.pinned else None)
         return self.runs[cell]
 
-    def tuning(self, rows):
-        return list(self.study.tuning_cells(rows))
+    def find_all(self, cells):
+        return {cell: self.find(cell) for cell in cells}
 
     def with_seeds(self, rows, seeds, whole=True):
         """The cells of the second phase, by the rates that the first has found (so far)."""
-        cells = self.tuning(self.study.rows)
-        best = best_rates(losses_of({cell: self.find(cell) for cell in cells}), self.study, whole)
+        tuning = self.find_all(self.study.tuning_cells(self.study.rows))
+        best = best_rates(results.losses_of(tuning), self.study, whole)
         return self.study.seed_cells(rows, seeds, best)
 
-    def collect(self, scale, command, before):
-        """The JSON's contents: of the whole study, whatever rows and seeds were asked for now."""
-        seeds = [*dict.fromkeys((*self.study.seeds, *self.seeds))]
-        planned = [*self.tuning(self.study.rows), *self.with_seeds(self.study.rows, seeds, False)]
-        cells = dict.fromkeys([*planned, *self.earlier])
-        return collect(self.study, scale, {cell: self.find(cell) for cell in cells}, planned,
-                       command, before)
+    def planned(self):
+        """The cells of the whole study, as far as its rates are known, whatever was asked for."""
+        seeds = dict.fromkeys((*self.study.seeds, *self.seeds))
+        return dict.fromkeys([*self.study.tuning_cells(self.study.rows),
+                              *self.with_seeds(self.study.rows, seeds, whole=False)])
 
 
 def run_phase(name, runs, made, later, pool):
-    """Make the runs of a phase that have not ended. made: how many runs were made before; later: how
-    many the next phase adds at least. Returns the lines of runs that failed."""
+    """Make the runs of a phase that have not ended. made: how many runs were made before; later:
+    how many the next phase adds at least. Returns the lines of runs that failed."""
     todo, failed, begun, first = [run for run in runs if not run.has_ended], [], time.time(), made
     total = made + len(todo) + later
     print(f"{name}: {len(todo)} of {len(runs)} runs to make"
@@ -91,17 +87,16 @@ def run_phase(name, runs, made, later, pool):
         if not pool.children:
             break
         run, ended, line, took = pool.wait()
-        made += 1
+        made, result = made + 1, line if ended == "done" else f"{ended}: {line}"
         if ended in ("failed", "stopped"):
-            failed.append(f"{run.folder.name} {ended}: {line} "
-                          f"(its output: {run.folder / 'output.txt'})")
+            failed.append(f"{run.folder.name} {result} (its output: {run.folder / 'output.txt'})")
         left = (total - made) * (time.time() - begun) / (made - first)
-        print(f"[{made}/{total}] {run.folder.name}  {line if ended == 'done' else f'{ended}: {line}'}"
-              f"  in {duration(took)}; about {duration(left)} left", flush=True)
+        print(f"[{made}/{total}] {run.folder.name}  {result}  in {duration(took)}; "
+              f"about {duration(left)} left", flush=True)
     return failed
 
 
-def run_missing(work, datasets):
+def run_missing(work, args, datasets):
     """Tune, then run every seed. Returns the lines of runs that failed; Ctrl-C, or an error here,
     stops the runs once they have saved."""
     for dataset in datasets - {BUILTIN}:
@@ -110,29 +105,29 @@ def run_missing(work, datasets):
                              "another --dataset")
     if BUILTIN in datasets and not (ROOT / BUILTIN).exists():
         prepare_builtin(ROOT / BUILTIN)  # once, before runs side by side want it
-    print(f"{work.study.name}, scale {work.args.scale}, runs in {work.folders.out}", flush=True)
+    study, pool = work.study, Pool(args.jobs, args.nproc_per_node)
+    print(f"{study.name}, scale {args.scale}, runs in {work.folders.out}", flush=True)
+    if recorded := sum(run.is_recorded for run in work.find_all(work.planned()).values()):
+        print(f"{recorded} runs are taken from the results in {args.results}, not made here")
     forecast(work)
-    pool = Pool(work.args.jobs, work.args.nproc_per_node)
     try:
-        tuning = work.tuning(work.rows)
-        ended = {c for c in work.with_seeds(work.rows, work.seeds, False) if work.find(c).has_ended}
-        tuned = {(c.model, c.row, c.seed) for c in [*tuning, *ended] if not c.tuning}
-        later = sum((model, row, seed) not in tuned for model in work.study.models
-                    for row in work.study.rows_of(model) if row in work.rows for seed in work.seeds)
-        made = sum(not work.find(cell).has_ended for cell in tuning)
-        failed = run_phase("tuning", [work.find(cell) for cell in tuning], 0, later, pool)
-        cells = work.with_seeds(work.rows, work.seeds)
-        return failed + run_phase("all seeds", [work.find(c) for c in cells], made, 0, pool)
+        tuning = work.find_all(study.tuning_cells(work.rows))
+        ended = [cell for cell in work.planned() if work.find(cell).has_ended]
+        known = {(c.model, c.row, c.seed) for c in [*tuning, *ended] if not c.tuning}
+        later = sum((model, row, seed) not in known for model in study.models
+                    for row in study.rows_of(model) if row in work.rows for seed in work.seeds)
+        made = sum(not run.has_ended for run in tuning.values())
+        failed = run_phase("tuning", list(tuning.values()), 0, later, pool)
+        cells = work.find_all(work.with_seeds(work.rows, work.seeds))
+        return failed + run_phase("all seeds", list(cells.values()), made, 0, pool)
     except BaseException:
         print(f"stopped: {pool.stop()} runs saved; the same command resumes them", file=sys.stderr)
         raise
 
 
 def forecast(work):
-    """Print how many seeds a difference of 0.005 would take, by the spread of the runs there are."""
-    losses = losses_of({cell: work.find(cell) for cell in [
-        *work.earlier, *work.tuning(work.study.rows),
-        *work.with_seeds(work.study.rows, work.study.seeds, False)]})
+    """Print how many seeds would tell 0.005, by the spread of the runs that there are."""
+    losses = results.losses_of(work.find_all([*work.planned(), *work.earlier]))
     for model, found in summarize(work.study, losses).items():
         for c in found["comparisons"]:
             if seeds := seeds_needed(c.get("tuned")):
@@ -141,39 +136,36 @@ def forecast(work):
 
 
 def show(work):
-    """Print the train.py line of each run: of those that are known, then of those whose learning
-    rate the losses of the first will decide."""
+    """Print the train.py line of each run that is known, then of those whose learning rate the
+    losses of the first will decide."""
     def line(cell, run):
         where = run.folder
         where = where.relative_to(ROOT) if where.is_relative_to(ROOT) else where
-        state = f": {run.state}" if run.state != "missing" else ""
         command = shlex.join(["python", "train.py", *run.arguments, f"--out_dir={where}"])
-        print(f"# {cell.model}, {cell.row}{state}\n{command}")
+        print(f"# {cell.model}, {cell.row}: {run.state}\n{command}")
 
-    study, tuning = work.study, work.tuning(work.rows)
+    study, tuning = work.study, work.study.tuning_cells(work.rows)
     cells = [*tuning, *work.with_seeds(work.rows, work.seeds)]
-    for cell in dict.fromkeys(cells):
-        line(cell, work.find(cell))
-    known = {(cell.model, cell.row) for cell in cells[len(tuning):]}
+    for cell, run in work.find_all(cells).items():
+        line(cell, run)
     for model in study.models:
-        first, *_ = rows = [row for row in study.rows_of(model) if row in work.rows]
-        if (model, first) not in known:
+        first = study.rows_of(model)[0]
+        if not any((c.model, c.row) == (model, first) for c in cells[len(tuning):]):
             print(f"\n# {model}: then these, with the best rate of {first} in place of BEST")
-            for cell in study.seed_cells(rows, work.seeds, {(model, first): "BEST"}):
+            for cell in study.seed_cells(work.rows, work.seeds, {(model, first): "BEST"}):
                 keys = study.keys(cell)
-                arguments = [study.models[model].config, *(f"--{k}={v}" for k, v in keys.items())]
                 name = folder_name(f"{model} {cell.row}", "BEST", cell.seed, digest(keys))
+                arguments = [study.models[model].config, *(f"--{k}={v}" for k, v in keys.items())]
                 line(cell, Run(arguments, keys, work.folders.out / name))
-    if study.protocol == "both" and any(not work.find(cell).has_ended for cell in tuning):
-        print("\n# then each row at its own best rate: --print adds these runs once those above "
-              "are there (--protocol=paper: without them)")
+    if study.protocol == "both" and not all(work.find(cell).has_ended for cell in tuning):
+        print("\n# then each row at its own best rate, unless --protocol=paper is given")
 
 
 # ------------------------------------------------------------------------------------------------
 # the command line
 
 def write_docs(root=ROOT):
-    """Write the generated blocks of README.md and docs/*.md anew. Returns the files that changed."""
+    """Write the generated blocks of README.md and docs/*.md. Returns the files that changed."""
     changed = []
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
@@ -202,22 +194,22 @@ def file_name(text):
     return text
 
 
-OPTIONS = (
-    ("--scale", {"default": "cpu"}, "cpu, long, gpu or paper (default: cpu)"),
-    ("--jobs", {"type": int, "default": 1}, "runs at once; with GPUs, one a GPU (default: 1)"),
-    ("--nproc_per_node", {"type": int, "default": 0}, "each run under torchrun, so many processes"),
-    ("--rows", {"type": labels}, "run only these rows, and those they are compared with"),
-    ("--redo", {"type": labels, "default": []}, "make these rows anew where the code has changed"),
-    ("--seeds", {"type": whole_numbers}, "run these seeds instead of the study's"),
-    ("--steps", {"type": int, "default": 0}, "shorten every row to so many steps, for a first look"),
-    ("--protocol", {"choices": ("paper", "both")}, "paper: only at the first row's best rate"),
-    ("--on", {"default": ""}, "your row has the keys of this row too, such as unified"),
-    ("--name", {"type": file_name, "default": ""}, "results go to <study>_NAME_<scale>.json"),
-    ("--out", {}, "the runs' folders (default: out/studies/<scale>)"),
-    ("--results", {"default": str(ROOT / "results")}, "the folder of JSONs (default: results)"),
-    ("--print", {"action": "store_true", "dest": "show"}, "print the train.py lines, run nothing"),
-    ("--evaluate", {"action": "store_true"}, "write the results of the runs there are, run nothing"),
-    ("--docs", {"action": "store_true"}, "write the tables of docs/*.md and README.md"))
+OPTIONS = {
+    "scale": ({"default": "cpu"}, "cpu, long, gpu or paper (default: cpu)"),
+    "jobs": ({"type": int, "default": 1}, "runs at once; with GPUs, one a GPU (default: 1)"),
+    "nproc_per_node": ({"type": int, "default": 0}, "each run under torchrun, so many processes"),
+    "rows": ({"type": labels}, "run only these rows, and those they are compared with"),
+    "redo": ({"type": labels, "default": []}, "make these rows anew where the code has changed"),
+    "seeds": ({"type": whole_numbers}, "run these seeds instead of the study's"),
+    "steps": ({"type": int, "default": 0}, "shorten every row to so many steps, for a first look"),
+    "protocol": ({"choices": ("paper", "both")}, "paper: only at the first row's best rate"),
+    "on": ({"default": ""}, "your row has the keys of this row too, such as unified"),
+    "name": ({"type": file_name, "default": ""}, "results go to <study>_NAME_<scale>.json"),
+    "out": ({}, "the runs' folders (default: out/studies/<scale>)"),
+    "results": ({"default": str(ROOT / "results")}, "the folder of the JSONs (default: results)"),
+    "print": ({"action": "store_true"}, "print the train.py lines, and run nothing"),
+    "evaluate": ({"action": "store_true"}, "write the results of the runs there are"),
+    "docs": ({"action": "store_true"}, "write the tables of docs/*.md and README.md")}
 
 
 def parse(argv):
@@ -226,8 +218,8 @@ def parse(argv):
                                      allow_abbrev=False)
     parser.add_argument("files", nargs="*", metavar="STUDY",
                         help="a study file; after studies/track.py, your config")
-    for option, keywords, words in OPTIONS:
-        parser.add_argument(option, help=words, **keywords)
+    for option, (keywords, words) in OPTIONS.items():
+        parser.add_argument(f"--{option}", help=words, **keywords)
     args, args.keys = parser.parse_known_args(argv)
     if not args.docs and not args.files:
         parser.error("name a study file, such as studies/figure_5_step_by_step.py")
@@ -241,8 +233,8 @@ def command_of(args):
     """The command that makes these results, without what does not change them."""
     files = [str(Path(f).relative_to(ROOT)) if Path(f).is_relative_to(ROOT) else f
              for f in args.files]
-    given = [f"--{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-             for key in ("seeds", "steps", "protocol", "on", "name") if (value := getattr(args, key))]
+    given = [f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+             for key in ("seeds", "steps", "protocol", "on", "name") if (v := getattr(args, key))]
     return shlex.join(["python", "-m", "study.run", *files, f"--scale={args.scale}", *args.keys,
                        *given])
 
@@ -261,15 +253,18 @@ def run_study(args):
     study.protocol = args.protocol or study.protocol
     datasets = study.check_rows()
     path = Path(args.results) / f"{study.name}_{args.scale}.json"
-    before = load_results(path)
+    before = {} if args.print else results.load_results(path)
     out = Path(args.out or ROOT / "out" / "studies" / args.scale).absolute()
-    folders = RunFolders(out, load_records(args.results, bool(study.matrices)))
+    folders = RunFolders(out, results.load_records(args.results, bool(study.matrices)))
     work = Work(study, folders, args, before)
-    if args.show:
+    if args.print:
         show(work)
         return True
-    failed = [] if args.evaluate else run_missing(work, datasets)
-    write_results(work.collect(args.scale, command_of(args), before), path)
+    failed = [] if args.evaluate else run_missing(work, args, datasets)
+    planned = work.planned()
+    runs = work.find_all([*planned, *work.earlier])
+    found = results.collect(study, args.scale, runs, planned, command_of(args), before)
+    results.write_results(found, path)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return not failed

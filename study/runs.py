@@ -2,8 +2,8 @@
 Runs as processes of their own: one folder each, found again by its settings, interrupted and
 resumed, never destroyed.
 
-  settings_of   what of a configuration decides what a run finds, and `digest`, its hash
-  Run           one setting of train.py: command line, settings, and the folder that holds it or will
+  settings_of   what of a configuration decides what a run finds; digest is its hash
+  Run           one setting of train.py, and the folder that holds it or will
   RunFolders    the folders under out/studies/<scale> and the runs that results/*.json hold
   Pool          start runs, so many at once; collect how each ended; end them all on Ctrl-C
 
@@ -37,6 +37,7 @@ NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_c
 RENAMED = {"eval_iters": ("eval_windows", 8)}  # a former key: its name now, and now / then
 CODE = ("norms.py", "model.py", "optim.py")
 NUMBERS = ("steps", "tokens", "params", "scale_params", "seconds")
+PYTHON = platform.python_version()  # its standard library is the built-in dataset
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 
@@ -107,13 +108,18 @@ class Run:
     @property
     def state(self):
         """"done", "diverged", "interrupted" or "missing"."""
-        if (self.folder / "summary.json").is_file():
-            return "done"
-        if (self.folder / "diverged.txt").is_file():
-            return "diverged"
-        if self.record:
-            return self.record["state"]
-        return "interrupted" if (self.folder / "config.json").is_file() else "missing"
+        if not self.is_recorded:
+            for name, state in (("summary.json", "done"), ("diverged.txt", "diverged"),
+                                ("config.json", "interrupted")):
+                if (self.folder / name).is_file():
+                    return state
+        return self.record.get("state", "missing")
+
+    @property
+    def is_recorded(self):
+        """Is the run's result only in results/*.json, with no folder that has ended?"""
+        ended = ((self.folder / name).is_file() for name in ("summary.json", "diverged.txt"))
+        return bool(self.record) and not any(ended)
 
     @property
     def has_ended(self):
@@ -121,9 +127,9 @@ class Run:
 
     def summary(self):
         """What a finished run ended with. Raises ValueError if it is not what train.py leaves."""
-        path = self.folder / "summary.json"
-        if not path.is_file():
+        if self.is_recorded:
             return self.record
+        path = self.folder / "summary.json"
         summary = read_json(path)
         values = [summary.get(key) for key in NUMBERS] + [summary.get("val_loss", "") or 0]
         if not all(isinstance(value, (int, float)) for value in values):
@@ -133,7 +139,9 @@ class Run:
 
     def made_by(self):
         """The run's command, device, versions and code, as far as they are known."""
-        return read_json(self.folder / "made_by.json") or {"code": self.record.get("code", "")}
+        if self.is_recorded:
+            return {key: self.record[key] for key in ("code", "python") if key in self.record}
+        return read_json(self.folder / "made_by.json")
 
 
 class RunFolders:
@@ -191,7 +199,7 @@ def folder_name(label, rate, seed, key):
 
 
 class Pool:
-    """At most `jobs` children at once. nproc_per_node: each under torchrun with so many processes."""
+    """At most `jobs` children at once. nproc_per_node: each under torchrun, so many processes."""
 
     def __init__(self, jobs, nproc_per_node=0):
         # child -> (run, slot, when it started, the size of its output then)
@@ -215,7 +223,7 @@ class Pool:
                    *(torchrun if self.nproc else []), "train.py", *run.arguments,
                    f"--out_dir={run.folder}", "--resume"]
         with open(run.folder / "output.txt", "ab") as output:
-            before = output.tell()  # a session of its own: Ctrl-C reaches us, and we end the children
+            before = output.tell()  # a session of its own: Ctrl-C reaches us, and we end it
             child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output,
                                      start_new_session=True, env=environment)
         self.children[child] = (run, slot, time.time(), before)
@@ -246,7 +254,7 @@ class Pool:
         errors = [line for line in lines if line.startswith("error: ")] or lines
         line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
         if "not finite" in line:
-            write_whole(run.folder / "diverged.txt", line + "\n")  # the next call does not try again
+            write_whole(run.folder / "diverged.txt", line + "\n")  # it is not tried again
             return "diverged", line
         return "failed", line
 
@@ -260,10 +268,11 @@ class Pool:
 
 
 def stamp_run(run):
-    """Write made_by.json: command, device, versions and code. A resumed run may have several codes."""
+    """Write made_by.json: command, device, versions and code, of which a resumed run may have
+    several."""
     before = read_json(run.folder / "made_by.json").get("code", "")
     codes = dict.fromkeys([*filter(None, before.split(", ")), code()])
     made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
                "device": device_name(), "torch": torch.__version__,
-               "python": platform.python_version(), "code": ", ".join(codes)}
+               "python": PYTHON, "code": ", ".join(codes)}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

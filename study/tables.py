@@ -111,8 +111,8 @@ def comparison_lines(results):
     seen = [c["tuned"] for _, c in compared if half_width(c.get("tuned"))]
     if seen:
         lines += ["", "Half the width of these intervals at the tuned rate is "
-                  f"{spread(map(half_width, seen), '.4f')}. A difference of 0.005 could be told "
-                  f"with {spread(map(seeds_needed, seen), 'd', ' seeds')}, by the spread seen so far."]
+                  f"{spread(map(half_width, seen), '.4f')}. By the spread seen so far it would "
+                  f"take {spread(map(seeds_needed, seen), 'd', ' seeds')} to tell 0.005."]
     return lines
 
 
@@ -144,8 +144,8 @@ def fit_lines(results):
     lines = []
     for fit in results["fits"]:
         (_, b1), (_, b2) = fit["laws"]
-        lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']} sizes: the mean gain is "
-                  f"{interval({**fit['gain'], 'seeds': 0})}. Fits L = a C^−b have b = {b1:.4f} for "
+        lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']} sizes: the pooled "
+                  f"gain is {interval(fit['gain'])}. Fits L = a C^−b have b = {b1:.4f} for "
                   f"{fit['other']} and {b2:.4f} for {fit['row']}; the compute multiplier at the "
                   f"largest size is {multiplier(fit)}. Divided by the time of a step it is "
                   + ", ".join(f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, {where})"

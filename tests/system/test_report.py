@@ -108,7 +108,8 @@ def test_what_is_not_finite_is_left_out_and_reported(tmp_path):
     assert "not finite" in table([folder])
     report([folder], tmp_path / "r.png")
     assert (tmp_path / "r.png").is_file()
-    assert [p[0] for p in curves(read_log(folder)["matrix"], "norm")["attn.q.weight"][0]] == [0, 10, 20]
+    norms = curves(read_log(folder)["matrix"], "norm")["attn.q.weight"][0]
+    assert [step for step, *_ in norms] == [0, 10, 20]
 
 
 def test_runs_of_one_name_are_kept_apart(tmp_path):
@@ -146,7 +147,8 @@ def test_damaged_logs_are_refused(text, says, tmp_path):
 
 def test_errors_are_one_line(tmp_path):
     done = run("-m", "study.report", tmp_path, check=False)
-    assert done.returncode == 1 and re.fullmatch(r"error: .*is no run folder of train.py\n", done.stderr)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*is no run folder of train.py\n", done.stderr)
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="summary.json is not what train.py leaves"):
         table([tmp_path])

@@ -6,6 +6,7 @@ diverging row, refuses what would mislead, and that every number in docs and REA
 import json
 import math
 import os
+import platform
 import random
 import re
 import shlex
@@ -15,19 +16,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from lib.config import flat, load_config
 from study import evidence, tables
-from study.evidence import (best_rate, compute_multiplier, judge, paired, pooled, power_law,
-                            seeds_needed, summarize, verdict)
+from study.evidence import best_rate, judge, paired, pooled, seeds_needed, summarize, verdict
 from study.plan import Cell, Study, load_study, read_idea
 from study.results import as_text, collect, curves, load_records, losses_of
 from study.run import main, write_docs
-from study.runs import Pool, RunFolders, code, digest, gpu_for, settings_of
+from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of
 
 SMOKE, TRACK, FIGURE_1, FIGURE_6 = (ROOT / "studies" / f"{name}.py" for name in (
     "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling"))
@@ -117,10 +116,11 @@ def test_power_law_and_multiplier():
     stats, compute = pytest.importorskip("scipy.stats"), [1e15, 1e16, 1e17, 1e18]
     noisy = [7.1, 6.0, 5.5, 4.6]
     line = stats.linregress([math.log(c) for c in compute], [math.log(x) for x in noisy])
-    assert power_law(compute, noisy) == pytest.approx((math.exp(line.intercept), -line.slope))
+    law = math.exp(line.intercept), -line.slope
+    assert evidence.power_law(compute, noisy) == pytest.approx(law)
     # by the definition: the baseline's curve has, at that many times the compute, the better loss
     baseline, better = ([{1: a * c ** -b} for c in compute] for a, b in ((7, 0.05), (8, 0.06)))
-    found = compute_multiplier(compute, better, baseline)
+    found = evidence.compute_multiplier(compute, better, baseline)
     assert found["laws"][0] == pytest.approx((7, 0.05)) and found["low"] is None
     assert 7 * (found["multiplier"] * 1e18) ** -0.05 == pytest.approx(8 * 1e18 ** -0.06)
 
@@ -133,7 +133,7 @@ def test_the_multipliers_interval_covers_the_truth():
         baseline = [{s: 7 * c ** -0.05 + n for s, n in d.items()} for c, d in zip(compute, noise)]
         better = [{s: 7 * (1.25 * c) ** -0.05 + n + rng.gauss(0, 2e-3) for s, n in d.items()}
                   for c, d in zip(compute, noise)]
-        found = compute_multiplier(compute, better, baseline)
+        found = evidence.compute_multiplier(compute, better, baseline)
         covered += found["low"] <= 1.25 <= found["high"]
     assert 184 <= covered <= 198
 
@@ -168,7 +168,7 @@ def test_the_tracks_rule():
 
 def test_two_phases():
     study = tiny_study()
-    grid = list(study.tuning_cells(study.rows))
+    grid = study.tuning_cells(study.rows)
     assert grid == [("m", row, rate, 1, False) for row in "ab" for rate in (1e-3, 2e-3)]
     best = {("m", "a"): 2e-3, ("m", "b"): 1e-3}
     seeds = study.seed_cells(study.rows, (1, 2), best)
@@ -181,7 +181,7 @@ def test_two_phases():
 
 def test_a_model_can_be_tuned_on_shorter_runs():
     study = load_study(FIGURE_6, "long")
-    cell = next(study.tuning_cells(study.rows))
+    cell, *_ = study.tuning_cells(study.rows)
     assert cell.tuning and study.keys(cell)["max_iters"] == 1050
     assert study.keys(cell._replace(tuning=False))["max_iters"] == 4200
     losses = {Cell("0.11M", "baseline", rate, 1, True): rate for rate in (4e-3, 8e-3, 16e-3)}
@@ -213,13 +213,13 @@ def test_every_study_is_sound(path, tmp_path):
 
 @pytest.mark.parametrize("line, says", [
     ("rows = {}", "rows must be"), ("rows = {'a, b': {}}", "without a comma"),
-    ("scales = 1", "scales must be"), ("scales['cpu']['seeds'] = ()", "'seeds' must be"),
+    ("scales = 1", "int"), ("scales['cpu']['seeds'] = ()", "'seeds' and 'models' must be"),
     ("del scales['cpu']['seeds']", "'seeds'"), ("panels = [['x']]", "names 'x'"),
     ("del scales['cpu']['models']['tiny']['keys']", "Model missing 1 required"),
     ("scales['cpu']['models']['tiny']['learning_rates'] = ('2e-3',)", "'learning_rates' must be"),
     ("scales['cpu']['models']['tiny']['rows'] = ('x',)", "names 'x'"),
     ("scales['cpu']['rows'] = {'x': {}}", "a row not there"),
-    ("comparisons = {('unified', 'baseline'): None}", "comparisons must be"),
+    ("comparisons = {('unified', 'baseline'): {'0.12B': 'x'}}", "comparisons must be"),
     ("picture = 'x'", "picture must be"), ("scales['cpu']['seed'] = 1", "seed")])
 def test_a_malformed_study_is_one_line(line, says, tmp_path):
     path = tmp_path / "study.py"
@@ -285,7 +285,7 @@ def test_a_run_is_known_by_its_settings(tmp_path):
 
 
 def test_settings_of_former_code_mean_the_same():
-    """A key that has come or gone, and one that was renamed: eval_iters counted eights of windows."""
+    """A key that has come or gone, and one that was renamed: eval_iters were 8 windows each."""
     now = {"max_iters": 7, "recompute": False}
     assert settings_of({"max_iters": 7, "scale_execution_of_the_past": 1}) == settings_of(now)
     assert settings_of({"eval_iters": 80}) == settings_of({"eval_windows": 640}) != settings_of({})
@@ -398,8 +398,8 @@ def read_results(folder, name):
 
 
 def test_smoke_interrupted_and_resumed(tmp_path):
-    """From another folder; Ctrl-C while runs are under way, then the same command: what was finished
-    stays, and the rest is resumed. The JSON then stands for the runs."""
+    """From another folder; Ctrl-C while runs are under way, then the same command: what was
+    finished stays, and the rest is resumed. The JSON then stands for the runs."""
     command = [SMOKE, *places(tmp_path), "--jobs=2"]
     first = spawn(*command, cwd=tmp_path)
     while not list(tmp_path.glob("runs/*/summary.json")):  # at least one run has finished
@@ -480,7 +480,7 @@ def test_a_part_can_be_evaluated(tmp_path, capsys):
     assert "made by earlier code: baseline" in said
     results = read_results(tmp_path, "figure_1_necessity_cpu")
     assert results["runs"][0]["val_loss"] == 1.25 and results["fits"] == []
-    write_run(tmp_path / "runs" / "two", [CONFIG, "--seed=2", "--learning_rate=0.004"], 1.5, made_by=code())
+    write_run(tmp_path / "runs" / "two", [CONFIG, "--seed=2", "--learning_rate=0.004"])
     assert main([*arguments, "--rows=baseline", "--seeds=2"]) == 0  # the rest stays
     seeds = [run["seed"] for run in read_results(tmp_path, "figure_1_necessity_cpu")["runs"]]
     assert seeds == [1, 2]
@@ -492,15 +492,18 @@ def test_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys):
     keys = {"learning_rate": 0.004, "seed": 77}
     run = {"model": "0.23M", "row": "baseline", **keys, "state": "done", "val_loss": 1.0,
            "curve": [], "steps": 1, "tokens": 8, "params": 9, "scale_params": 1, "seconds": 1,
-           "settings": digest(RunFolders(tmp_path).find("x", CONFIG, keys).settings), "code": ""}
+           "settings": digest(RunFolders(tmp_path).find("x", CONFIG, keys).settings), "code": "",
+           "python": platform.python_version()}
     path.write_text(json.dumps({"study": "s", "runs": [run]}), encoding="utf-8")
     assert main(arguments) == 0  # a seed that the study does not ask for
     assert json.loads(path.read_text(encoding="utf-8"))["runs"] == [run]
-    for damage in ({"settings": "other"}, {"row": "gone"}):
+    for damage, says in (({"settings": "other"}, "with other settings: move them away"),
+                         ({"row": "gone"}, "with other settings: move them away"),
+                         ({"python": "2.7"}, "runs by Python 2.7, whose standard library")):
         text = json.dumps({"study": "s", "runs": [{**run, **damage}]})
         path.write_text(text, encoding="utf-8")
         assert main(arguments) == 1 and path.read_text(encoding="utf-8") == text
-        assert "with other settings: move them away" in capsys.readouterr().err
+        assert says in capsys.readouterr().err
     path.write_text("[]", encoding="utf-8")
     assert main(arguments) == 1 and path.read_text(encoding="utf-8") == "[]"
     assert f"error: {path} does not hold a study's results" in capsys.readouterr().err
@@ -522,7 +525,8 @@ scales = {"cpu": {"seeds": (1, 2), "models": models}}
         lines = [shlex.split(line) for line in said if line.startswith("python ")]
         return {line[-1].removeprefix("--out_dir="): line[2:-1] for line in lines}
 
-    grid = {folder: line for folder, line in printed().items() if "--learning_rate=BEST" not in line}
+    grid = {folder: line for folder, line in printed().items()
+            if "--learning_rate=BEST" not in line}
     assert len(grid) == 2 * 2 and len(printed()) == 2 * (2 + 4)
     for folder, line in grid.items():
         load_config([str(ROOT / line[0]), *line[1:]])
@@ -547,7 +551,7 @@ def test_what_would_fail_later_fails_first(line, says, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["studies/nothing.py"], "study not found"), ([SMOKE, "--scale=huge"], "no scale 'huge'"),
+    (["studies/nothing.py"], "study not found"), ([SMOKE, "--scale=huge"], "no such scale"),
     ([SMOKE, "--lerning_rate=1"], "unknown key"), ([SMOKE, "--rows=x"], "no row 'x'"),
     ([SMOKE, "--redo=x"], "no row 'x'"), ([TRACK, "--on=x"], "no such row"),
     ([TRACK, "--max_iters=5"], "max_iters must be the same for every row")])
@@ -572,18 +576,18 @@ def test_options_are_checked(option, says, capsys):
 def results_of(tmp_path, values, study=None):
     """The results JSON's contents for {row: {rate: loss}}, from records only."""
     study = study or tiny_study()
-    runs = {cell: SimpleNamespace(state="done", has_ended=True, folder=tmp_path, settings={},
-                                  made_by=dict, record={"curve": [[8, loss]], "params": 1000 + 100 * (
-                                      cell.row == "b"), "tokens": 8, "seconds": 1, "val_loss": loss},
-                                  summary=lambda loss=loss: {"val_loss": loss})
-            for cell, loss in losses_by(values).items()}
+    runs = {}
+    for cell, loss in losses_by(values).items():
+        record = {"curve": [[8, loss]], "params": 1100 if cell.row == "b" else 1000, "tokens": 8,
+                  "seconds": 1, "val_loss": loss, "state": "done"}
+        runs[cell] = Run([], {}, tmp_path, record)
     return collect(study, "cpu", runs, list(runs), "", {})
 
 
 def test_the_table(tmp_path):
     results = results_of(tmp_path, {"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {1e-3: 1.5, 2e-3: 3.0}})
     text = tables.table(results)
-    assert "| m | b, +10.0% parameters | 3.1500 at 0.002 \\* | 2 | 1.6500 at 0.001 \\* | 2 |" in text
+    assert "| b, +10.0% parameters | 3.1500 at 0.002 \\* | 2 | 1.6500 at 0.001 \\* | 2 |" in text
     assert "| m | b | a | +2.0000 [+2.0000, +2.0000] | +0.5000 [+0.5000, +0.5000] |" in text
     assert "+0.1000 (0.12B) | agrees |" in text and tables.EDGE in text
     assert "still to be made" not in text
@@ -604,9 +608,9 @@ def test_the_scaling_table_has_gain_and_multiplier(tmp_path):
     results["results"] = summarize(study, losses)
     text = "\n".join(tables.fit_lines(results))
     fit, = results["fits"]
-    assert "b against a, 2 sizes: the mean gain is −0.1000 [−0.1000, −0.1000]" in text
-    assert f"{fit['multiplier'] / 1.5:.2f} (1.500 times, these runs' median seconds at large)" in text
-    assert f"{fit['multiplier'] / 2:.2f} (2.000 times, a race)" in text
+    assert "b against a, 2 sizes: the pooled gain is −0.1000 [−0.1000, −0.1000]" in text
+    net = [f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, " for cost in (1.5, 2)]
+    assert f"{net[0]}these runs' median seconds at large), {net[1]}a race)" in text
 
 
 def test_the_cost_of_a_step_is_the_committed_benchmarks():
@@ -674,7 +678,9 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
 def test_records_of_other_tools_are_passed_over(tmp_path):
     (tmp_path / "bench.json").write_text('{"races": {}}', encoding="utf-8")
     assert load_records(tmp_path) == {}
-    assert sum(map(len, load_records(ROOT / "results").values())) > 100
+    committed = json.loads(RESULTS[0].read_text(encoding="utf-8"))["runs"][0]
+    assert sum(map(len, load_records(ROOT / "results", python=committed["python"]).values())) > 100
+    assert load_records(ROOT / "results", python="2.7") == {}  # its standard library is other data
 
 
 def test_pictures_do_not_compare_what_cannot_be():
@@ -698,7 +704,8 @@ def test_pictures_do_not_compare_what_cannot_be():
     assert legend() == (["a", "b, without 1 diverged"], 2)  # the zero line and b's curve
     found["comparisons"] = [{"row": "b", "other": "a", "paper": {"0.12B": 0.1}}]
     assert legend() == (["a", "b, without 1 diverged", "the paper's, at its size"], 4)
-    lines = {line.get_label(): len(line.get_xdata()) for line in learning_rates(results).axes[0].lines}
+    axis, = learning_rates(results).axes
+    lines = {line.get_label(): len(line.get_xdata()) for line in axis.lines}
     assert lines["a"] == 1 and lines["b"] == 0
     assert [count(n) for n in (0, 500_000, 1_280_000, 9_830_000_000)] == ["0", "0.5M", "1.28M",
                                                                          "9.83B"]
