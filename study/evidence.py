@@ -32,35 +32,29 @@ def shared_differences(losses, others):
 
 
 def paired(losses, others):
-    """{"difference", "low", "high", "seeds"} of losses[s] - others[s] over the seeds s of both.
-
-    The interval is mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; None for one
-    seed. If a run diverged on either side, the difference is None, too, and "diverged" counts these
-    seeds. None if no seed is shared."""
+    """{"difference", "low", "high", "seeds"} of losses[s] - others[s] over the seeds s of both:
+    mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; no interval for one seed. If
+    runs diverged, all three are None, and "diverged" counts the seeds. None without a seed."""
     differences = shared_differences(losses, others)
-    n = len(differences)
-    if not n:
+    if not differences:
         return None
     if diverged := sum(not math.isfinite(d) for d in differences):
-        return {"difference": None, "low": None, "high": None, "seeds": n, "diverged": diverged}
-    mean, low, high = statistics.mean(differences), None, None
-    if n > 1:
-        half = t_975(n - 1) * statistics.stdev(differences) / math.sqrt(n)
-        low, high = mean - half, mean + half
-    return {"difference": mean, "low": low, "high": high, "seeds": n}
+        return {"difference": None, "low": None, "high": None, "seeds": len(differences),
+                "diverged": diverged}
+    return {**pooled([1], [differences]), "seeds": len(differences)}
 
 
 def pooled(weights, groups):
-    """(mean, low, high) of Σ_i w_i mean(group_i): a t-interval from all values of all groups, each
-    with a variance of its own (Welch and Satterthwaite's degrees of freedom, rounded down). The
-    interval is None unless every group has two values."""
+    """{"difference", "low", "high"} of Σ_i w_i mean(group_i): a t-interval from all values of all
+    groups, each with a variance of its own (Welch and Satterthwaite's degrees of freedom, rounded
+    down). The interval is None unless every group has two values."""
     mean = sum(w * statistics.mean(g) for w, g in zip(weights, groups))
     if min(map(len, groups)) < 2:
-        return mean, None, None
+        return {"difference": mean, "low": None, "high": None}
     parts = [w ** 2 * statistics.variance(g) / len(g) for w, g in zip(weights, groups)]
     rest = sum(p ** 2 / (len(g) - 1) for p, g in zip(parts, groups))
-    half = t_975(sum(parts) ** 2 / rest) * math.sqrt(sum(parts)) if rest else 0.0
-    return mean, mean - half, mean + half
+    half = t_975(sum(parts) ** 2 / rest + 1e-9) * math.sqrt(sum(parts)) if rest else 0.0
+    return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
 def half_width(found):
@@ -183,7 +177,8 @@ def compute_multiplier(compute, losses, others):
     weights = 1 / len(x) + x[np.argmax(x)] * x / (x @ x)  # of each size in the line's value there
     groups = [[math.log(b[s] / a[s]) for s in shared]
               for a, b, shared in zip(losses, others, seeds)]
-    bounds = [None if g is None else math.exp(g / laws[0][1]) for g in pooled(weights, groups)]
+    bounds = [None if g is None else math.exp(g / laws[0][1])
+              for g in pooled(weights, groups).values()]
     return {"laws": laws, **dict(zip(("multiplier", "low", "high"), bounds))}
 
 
@@ -202,8 +197,7 @@ def fit_scaling(study, losses, flops):
         if len(points) > 1:
             compute, a, b = zip(*points)
             differences = [shared_differences(*pair) for pair in zip(a, b)]
-            gain = pooled([1 / len(points)] * len(points), differences)
             fits.append({"row": row, "other": other, "sizes": len(points),
-                         **compute_multiplier(compute, a, b),
-                         "gain": dict(zip(("difference", "low", "high"), gain))})
+                         "gain": pooled([1 / len(points)] * len(points), differences),
+                         **compute_multiplier(compute, a, b)})
     return fits

@@ -4,10 +4,10 @@ Draw runs: losses over steps and over time, and how each scale vector and matrix
   python -m study.report out/quickstart                           writes out/quickstart/report.png
   python -m study.report out/baseline out/unified --out=both.png  compares runs
 
-Reads log.jsonl and summary.json of each run folder. A last line that is half written, as a killed
-run leaves it, is passed over. Drawn where the log has it: "alpha", the size of α, and "beta" of
-`scale` events; "update", the size of a step over the matrix's, of `matrix` events; "logit_scale" of
-`eval` events. Runs whose folders have one name are told apart by the folders above them.
+Reads log.jsonl and summary.json of each run folder. Where the log has them, it draws "alpha",
+the size of α, and "beta" of `scale` events; "update", the size of a step over the matrix's, of
+`matrix` events; "logit_scale" of `eval` events. Runs whose folders have one name are told apart by
+the folders above them.
 """
 import argparse
 import json
@@ -19,34 +19,35 @@ from lib.disk import write_whole
 
 COLUMNS, PIXELS, DPI = 4, 1000, 100
 WINDOW = 50  # steps of the running mean of training losses, the same for all runs
-NEEDED = {"train": ("step", "loss"), "eval": ("step", "val_loss"),
+# what is read of each event
+LOGGED = {"train": ("step", "loss"), "eval": ("step", "tokens", "val_loss"),
           "scale": ("step", "name", "mean", "std"), "matrix": ("step", "name", "norm")}
 # event, key, what the axis says
 SECTIONS = (("scale", "mean", "γ: mean ± std"), ("scale", "beta", "β"), ("scale", "alpha", "α"),
             ("matrix", "norm", "norm / its start"), ("matrix", "update", "update / norm"))
 
 
-def read_log(run):
-    """{event: [record, ...]} of a run's log.jsonl. Raises ValueError on a line that is no record,
-    except for an unfinished last one."""
-    path, events = Path(run) / "log.jsonl", {}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {run} is no run folder of train.py")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+def read_log(path):
+    """{event: [record, ...]} of a log.jsonl. A line that is no record, such as a last one that a
+    killed run wrote in part, is passed over."""
+    events = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
-            for key in NEEDED.get(record["event"], ()):  # KeyError if it is not there
-                kinds = str if key == "name" else (int, float, type(None))
-                if not isinstance(record[key], kinds):
-                    raise TypeError(key)
-            events.setdefault(record["event"], []).append(record)
+            if all(key in record for key in LOGGED[record["event"]]):
+                events.setdefault(record["event"], []).append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
-            if number == len(lines):  # no newline after it: it was never written in full
-                break
-            raise ValueError(f"{path}, line {number}: not a log record") from None
+            continue
+    return events
+
+
+def log_of(run):
+    """{event: [record, ...]} of a run. Raises an error if it has no training step."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {run} is no run folder of train.py")
+    events = read_log(path)
     if not events.get("train"):
         raise ValueError(f"{path} has no training step yet")
     return events
@@ -176,7 +177,7 @@ def report(runs, path):
     from matplotlib import pyplot as plt
 
     folders = names_of(runs)
-    logs = {name: read_log(run) for name, run in folders.items()}
+    logs = {name: log_of(run) for name, run in folders.items()}
     blocks = []
     for event, key, words in SECTIONS:
         groups = {name: curves(log.get(event, []), key) for name, log in logs.items()}

@@ -15,6 +15,7 @@ from lib.config import meta_model, tokens_per_step
 from lib.disk import write_whole
 from study.evidence import fit_scaling, judge, summarize
 from study.plan import Cell, config_of
+from study.report import read_log
 from study.runs import NUMBERS, PYTHON, code, digest
 from study.tables import table
 
@@ -125,23 +126,15 @@ def flops_of(study, model):
 
 def curves(log, matrices):
     """{"curve": [[tokens, validation loss], ...]}, and for matrices = (start, branches) {"norms":
-    {branch: [[step, norm], ...]}} of the matrices whose names start so and have such a part. A line
-    that is no record is passed over, and so is a norm that was not finite; such a loss is None."""
-    curve, norms = [], {}
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ()
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if record["event"] == "eval":
-                loss = record["val_loss"]
-                curve.append([record["tokens"], None if loss is None else round(loss, 5)])
-            elif matrices and record["event"] == "matrix" and record["norm"] is not None:
-                branch = set(record["name"].split(".")) & set(matrices[1])
-                if branch and record["name"].startswith(matrices[0]):
-                    points = norms.setdefault(branch.pop(), [])
-                    points.append([record["step"], round(record["norm"], 4)])
-        except (ValueError, KeyError, TypeError):
-            continue
+    {branch: [[step, norm], ...]}} of the matrices whose names start so and have such a part. A
+    norm that was not finite is left out; such a loss is None."""
+    events, norms = read_log(log), {}
+    curve = [[r["tokens"], None if r["val_loss"] is None else round(r["val_loss"], 5)]
+             for r in events.get("eval", ())]
+    for r in events.get("matrix", ()) if matrices else ():
+        branch = set(r["name"].split(".")) & set(matrices[1])
+        if branch and r["name"].startswith(matrices[0]) and r["norm"] is not None:
+            norms.setdefault(branch.pop(), []).append([r["step"], round(r["norm"], 4)])
     return {"curve": curve, **({"norms": norms} if norms else {})}
 
 

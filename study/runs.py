@@ -11,6 +11,7 @@ A folder is recognized by what its config.json says, not by its name: rows that 
 run once, and a run that someone continued to more steps is another run, which stays as it is.
 """
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -167,30 +168,29 @@ class RunFolders:
         key = digest(settings)
         if (key, made_by) not in self.given:
             def rank(folder):
-                finished = (folder / "summary.json").is_file()
-                return finished, read_json(folder / "made_by.json").get("code") == code()
-            fit = [f for f in self.folders.get(key, []) if self.fits(f, key, made_by)]
+                return (folder / "summary.json").is_file(), self.stamp(folder) == code()
+            fit = [f for f in self.folders.get(key, []) if made_by in (None, self.stamp(f))]
             folder = max(fit, key=rank) if fit else self.free(label, keys, key, made_by)
-            records = [r for r in self.records.get(key, []) if made_by in (None, r.get("code"))]
-            record = max(records, key=lambda r: r.get("code") == code(), default={})
+            records = [r for r in self.records.get(key, []) if made_by in (None, r["code"])]
+            record = max(records, key=lambda r: r["code"] == code(), default={})
             self.given[key, made_by] = Run(arguments, settings, folder, record)
         return self.given[key, made_by]
 
-    def fits(self, folder, key, made_by):
-        stamp = read_json(folder / "made_by.json").get("code")
-        return self.held(folder) == key and made_by in (None, stamp)
+    @staticmethod
+    def stamp(folder):
+        return read_json(folder / "made_by.json").get("code")
 
     def free(self, label, keys, key, made_by):
         """A folder that nothing else has, named after label, rate, seed and settings. Another tool
         at work here may have made it since we looked: a run of the same settings shares it."""
         rate, seed = (keys.get(k, "") for k in ("learning_rate", "seed"))
         name = folder_name(label, rate, seed, key) + (f"-{made_by[:6]}" if made_by else "")
-        taken, number = {run.folder for run in self.given.values()}, 1
-        folder = self.out / name
-        while folder in taken or (folder.exists() and not self.fits(folder, key, made_by)):
-            number += 1
-            folder = self.out / f"{name}-{number}"
-        return folder
+        taken = {run.folder for run in self.given.values()}
+        for number in itertools.count(1):
+            folder = self.out / (f"{name}-{number}" if number > 1 else name)
+            same = self.held(folder) == key and made_by in (None, self.stamp(folder))
+            if folder not in taken and (same or not folder.exists()):
+                return folder
 
 
 def folder_name(label, rate, seed, key):

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import run
 
-from study.report import curves, main, names_of, read_log, report, seconds_at, smooth, table
+from study.report import curves, log_of, main, names_of, report, seconds_at, smooth, table
 
 image = pytest.importorskip("matplotlib.image", reason="needs the optional package matplotlib")
 SCALES = ("layers.0.attn.q.scale_in", "layers.1.attn.q.scale_in", "head.scale_in")
@@ -77,10 +77,10 @@ def test_what_the_log_may_hold_is_drawn_where_it_does(tmp_path, monkeypatch):
     assert list(logits.lines[0].get_ydata()) == [5.0] * 3
     for event, key, value in (("scale", "beta", 2.0), ("scale", "alpha", 3.0),
                               ("matrix", "update", 4.0)):
-        found = curves(read_log(runs[0])[event], key)["attn.q.scale_in" if event == "scale"
+        found = curves(log_of(runs[0])[event], key)["attn.q.scale_in" if event == "scale"
                                                       else "attn.q.weight"][0]
         assert [point[1] for point in found] == [value] * 3
-    assert curves(read_log(runs[0])["scale"], "gone") == {}
+    assert curves(log_of(runs[0])["scale"], "gone") == {}
 
 
 def test_titles_do_not_overprint(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_what_is_not_finite_is_left_out_and_reported(tmp_path):
     assert "not finite" in table([folder])
     report([folder], tmp_path / "r.png")
     assert (tmp_path / "r.png").is_file()
-    norms = curves(read_log(folder)["matrix"], "norm")["attn.q.weight"][0]
+    norms = curves(log_of(folder)["matrix"], "norm")["attn.q.weight"][0]
     assert [step for step, *_ in norms] == [0, 10, 20]
 
 
@@ -126,23 +126,21 @@ def test_smooth():
 def test_a_run_under_way(tmp_path):
     """A last line cut within a character is passed over; the time is by the speed so far."""
     folder = write_run(tmp_path / "a")
-    whole = read_log(folder)
+    whole = log_of(folder)
     with open(folder / "log.jsonl", "ab") as f:
         f.write('{"event": "train", "step": 20, "loss": "é'.encode()[:-1])
-    assert read_log(folder) == whole
+    assert log_of(folder) == whole
     (folder / "summary.json").unlink()
     assert "not finished" in table([folder]) and seconds_at(folder, whole, [10]) is None
     whole["train"][-1]["tokens_per_s"] = 20.0
     assert seconds_at(folder, whole, [10]) == [4.0]
 
 
-@pytest.mark.parametrize("text, says", [
-    ("{}\n", "line 1: not a log record"), ("", "no training step"),
-    ('{"event": "eval", "step": 3}\n', "line 1: not a log record")])
-def test_damaged_logs_are_refused(text, says, tmp_path):
+@pytest.mark.parametrize("text", ["{}\n", "", '{"event": "train", "step": 3}\n'])
+def test_a_log_without_a_step_is_refused(text, tmp_path):
     (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=says):
-        read_log(tmp_path)
+    with pytest.raises(ValueError, match="has no training step yet"):
+        log_of(tmp_path)
 
 
 def test_errors_are_one_line(tmp_path):
