@@ -171,7 +171,7 @@ def read_study(path):
 
 def load_study(path, scale, idea=None, steps=0, name=""):
     """The Study of a file at a scale. idea: keys of the row "yours"; steps: every row is shortened
-    to so many. Raises ValueError if something in the file is not as studies/common.py says."""
+    to so many, and no rule says what is better. Raises ValueError if something in the file is not as studies/common.py says."""
     values, stem = read_study(path), Path(path).stem
     of_scale = {"seeds", "models", "tuning_seeds", "protocol"}
     known = {f.name for f in fields(Study)} - {"name", "steps", *of_scale}
@@ -200,7 +200,7 @@ def load_study(path, scale, idea=None, steps=0, name=""):
     study.name = f"{stem}_{name}" if name else study.name
     if steps and any("max_iters" in keys for keys in study.rows.values()):
         raise ValueError(f"a row of {stem} has a length of its own, which --steps would undo")
-    return replace(study, steps=steps, name=f"{study.name}_{steps}_steps",
+    return replace(study, steps=steps, name=f"{study.name}_{steps}_steps", rule={},
                    title=f"{study.title}, shortened to {steps} steps") if steps else study
 
 

@@ -250,6 +250,7 @@ def test_an_idea_is_a_row_of_the_track():
     assert ("yours", "unified") in studies[0].comparisons
     assert len({study.name for study in studies}) == 2  # results of its own for each idea
     named = load_study(TRACK, "cpu", long, name="mine", steps=400)
+    assert named.rule == {}  # short runs prove nothing
     assert named.name == "track_mine_400_steps" and named.title.endswith("shortened to 400 steps")
     assert {named.keys(Cell("0.23M", row, 1e-3, 1))["max_iters"] for row in named.rows} == {400}
     with pytest.raises(ValueError, match="has no row of yours"):
