@@ -154,14 +154,17 @@ def fit_lines(results):
 
 
 def costs_of(results, fit):
-    """{where: time of a step over that of the other row's}: these runs' own, and the committed."""
-    model = list(results["results"])[-1]
-    rate = results["results"][model]["tuned_rate"]
-    seconds = [[run["seconds"] for run in results["runs"] if run["state"] == "done" and
-                (run["model"], run["row"], run["learning_rate"]) == (model, row, rate)
-                and not run.get("tuning")] for row in (fit["row"], fit["other"])]
-    own = statistics.median(seconds[0]) / statistics.median(seconds[1]) if all(seconds) else 1.0
-    return {f"these runs' median seconds at {model}": own, **results.get("costs", {})}
+    """{where: time of a step over that of the other row's}: the committed, and these runs' own at
+    the largest size that has both rows."""
+    costs = dict(results.get("costs", {}))
+    for model, found in reversed(results["results"].items()):
+        seconds = [[run["seconds"] for run in results["runs"] if run["state"] == "done" and
+                    (run["model"], run["row"], run["learning_rate"], run.get("tuning", False))
+                    == (model, row, found["tuned_rate"], False)] for row in (fit["row"], fit["other"])]
+        if all(seconds):
+            own = statistics.median(seconds[0]) / statistics.median(seconds[1])
+            return {f"these runs' median seconds at {model}": own, **costs}
+    return costs
 
 
 # ------------------------------------------------------------------------------------------------
