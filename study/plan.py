@@ -171,7 +171,8 @@ def read_study(path):
 
 def load_study(path, scale, idea=None, steps=0, name=""):
     """The Study of a file at a scale. idea: keys of the row "yours"; steps: every row is shortened
-    to so many, and no rule says what is better. Raises ValueError if something in the file is not as studies/common.py says."""
+    to so many, and no rule judges them. Raises ValueError if something in the file is not as
+    studies/common.py says."""
     values, stem = read_study(path), Path(path).stem
     of_scale = {"seeds", "models", "tuning_seeds", "protocol"}
     known = {f.name for f in fields(Study)} - {"name", "steps", *of_scale}

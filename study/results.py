@@ -83,11 +83,11 @@ def losses_of(runs):
 
 def record_of(cell, run, loss, matrices):
     """What the JSON holds of a run."""
-    record = {**{k: v for k, v in cell._asdict().items() if k != "tuning" or v}}
-    record["state"] = "done" if math.isfinite(loss) else "diverged"
     made_by = {"code": "", "python": PYTHON, **run.made_by()}
-    record |= {"settings": digest(run.settings), "code": made_by["code"],
-               "python": made_by["python"]}
+    record = {**{key: value for key, value in cell._asdict().items() if key != "tuning" or value},
+              "state": "done" if math.isfinite(loss) else "diverged",
+              "settings": digest(run.settings), "code": made_by["code"],
+              "python": made_by["python"]}
     if run.is_recorded:
         return {**run.record, **record}
     if record["state"] == "done":

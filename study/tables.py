@@ -160,7 +160,8 @@ def costs_of(results, fit):
     for model, found in reversed(results["results"].items()):
         seconds = [[run["seconds"] for run in results["runs"] if run["state"] == "done" and
                     (run["model"], run["row"], run["learning_rate"], run.get("tuning", False))
-                    == (model, row, found["tuned_rate"], False)] for row in (fit["row"], fit["other"])]
+                    == (model, row, found["tuned_rate"], False)]
+                   for row in (fit["row"], fit["other"])]
         if all(seconds):
             own = statistics.median(seconds[0]) / statistics.median(seconds[1])
             return {f"these runs' median seconds at {model}": own, **costs}
