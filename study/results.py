@@ -16,7 +16,7 @@ from lib.disk import write_whole
 from study.evidence import fit_scaling, judge, summarize
 from study.plan import Cell, config_of
 from study.report import read_log
-from study.runs import NUMBERS, PYTHON, code, digest
+from study.runs import NUMBERS, code, digest
 from study.tables import table
 
 
@@ -34,10 +34,9 @@ def load_results(path):
                          "--results") from None
 
 
-def load_records(folder, with_norms=False, python=PYTHON):
-    """{digest of settings: [run, ...]} of all results JSONs in a folder. Only runs by this Python
-    count, whose standard library is the built-in data. with_norms: only those that have norms of
-    matrices."""
+def load_records(folder, with_norms=False):
+    """{digest of settings: [run, ...]} of all results JSONs in a folder. with_norms: only runs that
+    have the norms of matrices."""
     records = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
@@ -45,7 +44,7 @@ def load_records(folder, with_norms=False, python=PYTHON):
         except ValueError:
             continue  # of another tool
         for run in runs:
-            if run.get("python") == python and ("norms" in run or not with_norms):
+            if "settings" in run and ("norms" in run or not with_norms):
                 records.setdefault(run["settings"], []).append(run)
     return records
 
@@ -60,14 +59,13 @@ def cells_before(before, study, find):
     now, so that nothing is lost or mixed. find: cell -> Run."""
     cells = [cell_of(record) for record in before.get("runs", ())]
     for cell, record in zip(cells, before.get("runs", ())):
-        if record.get("python") != PYTHON:
-            raise ValueError(f"results/{study.name} hold runs by Python {record.get('python')}, "
-                             f"whose standard library is other data than {PYTHON}'s: give another "
-                             "--results")
         known = cell.model in study.models and cell.row in study.rows_of(cell.model)
         if not known or record.get("settings") != digest(find(cell).settings):
             raise ValueError(f"results/{study.name} hold a run of {cell.row!r} ({cell.model}) with "
                              "other settings: move them away, or give another --results or --name")
+        if find(cell).data not in ("", record.get("data")):
+            raise ValueError(f"results/{study.name} hold runs on other data than this machine has "
+                             "(the standard library of another Python?): give another --results")
     return cells
 
 
@@ -83,11 +81,10 @@ def losses_of(runs):
 
 def record_of(cell, run, loss, matrices):
     """What the JSON holds of a run."""
-    made_by = {"code": "", "python": PYTHON, **run.made_by()}
     record = {**{key: value for key, value in cell._asdict().items() if key != "tuning" or value},
               "state": "done" if math.isfinite(loss) else "diverged",
-              "settings": digest(run.settings), "code": made_by["code"],
-              "python": made_by["python"]}
+              "settings": digest(run.settings), "code": run.made_by().get("code", ""),
+              "data": run.record["data"] if run.is_recorded else run.data}
     if run.is_recorded:
         return {**run.record, **record}
     if record["state"] == "done":

@@ -96,15 +96,20 @@ def run_phase(name, runs, made, later, pool):
     return failed
 
 
-def run_missing(work, args, datasets):
-    """Tune, then run every seed. Returns the lines of runs that failed; Ctrl-C, or an error here,
-    stops the runs once they have saved."""
+def find_data(datasets):
+    """Make the built-in dataset if it is missing, once, before runs side by side want it. Raises
+    ValueError if another one is missing."""
     for dataset in datasets - {BUILTIN}:
         if not (ROOT / Path(dataset).expanduser()).is_dir():
             raise ValueError(f"no dataset at {dataset}: make it with prepare_data.py, or give "
                              "another --dataset")
     if BUILTIN in datasets and not (ROOT / BUILTIN).exists():
-        prepare_builtin(ROOT / BUILTIN)  # once, before runs side by side want it
+        prepare_builtin(ROOT / BUILTIN)
+
+
+def run_missing(work, args):
+    """Tune, then run every seed. Returns the lines of runs that failed; Ctrl-C, or an error here,
+    stops the runs once they have saved."""
     study, pool = work.study, Pool(args.jobs, args.nproc_per_node)
     print(f"{study.name}, scale {args.scale}, runs in {work.folders.out}", flush=True)
     if recorded := sum(run.is_recorded for run in work.find_all(work.planned()).values()):
@@ -252,6 +257,8 @@ def run_study(args):
     study = load_study(args.files[0], args.scale, idea, args.steps, args.name)
     study.protocol = args.protocol or study.protocol
     datasets = study.check_rows()
+    if not args.print and not args.evaluate:
+        find_data(datasets)  # runs in results count for equal data only
     path = Path(args.results) / f"{study.name}_{args.scale}.json"
     before = {} if args.print else results.load_results(path)
     out = Path(args.out or ROOT / "out" / "studies" / args.scale).absolute()
@@ -260,7 +267,7 @@ def run_study(args):
     if args.print:
         show(work)
         return True
-    failed = [] if args.evaluate else run_missing(work, args, datasets)
+    failed = [] if args.evaluate else run_missing(work, args)
     planned = work.planned()
     runs = work.find_all([*planned, *work.earlier])
     found = results.collect(study, args.scale, runs, planned, command_of(args), before)

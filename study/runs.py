@@ -38,7 +38,6 @@ NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_c
 RENAMED = {"eval_iters": ("eval_windows", 8)}  # a former key: its name now, and now / then
 CODE = ("norms.py", "model.py", "optim.py")
 NUMBERS = ("steps", "tokens", "params", "scale_params", "seconds")
-PYTHON = platform.python_version()  # its standard library is the built-in dataset
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 
@@ -70,6 +69,12 @@ def code():
     """A hash of the files that decide what a row is: after a change in them a run made before may
     not be what the same keys would give now."""
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in CODE)).hexdigest()[:12]
+
+
+def data_of(dataset):
+    """A hash of a dataset's shards; "" where it is not on this machine."""
+    splits = read_json(ROOT / Path(dataset).expanduser() / "meta.json").get("splits")
+    return digest(splits) if splits else ""
 
 
 def device_name():
@@ -123,6 +128,10 @@ class Run:
         return bool(self.record) and not any(ended)
 
     @property
+    def data(self):
+        return data_of(self.settings.get("dataset", DEFAULTS["dataset"]))
+
+    @property
     def has_ended(self):
         return self.state in ("done", "diverged")
 
@@ -141,7 +150,7 @@ class Run:
     def made_by(self):
         """The run's command, device, versions and code, as far as they are known."""
         if self.is_recorded:
-            return {key: self.record[key] for key in ("code", "python") if key in self.record}
+            return {"code": self.record["code"]}
         return read_json(self.folder / "made_by.json")
 
 
@@ -171,9 +180,10 @@ class RunFolders:
                 return (folder / "summary.json").is_file(), self.stamp(folder) == code()
             fit = [f for f in self.folders.get(key, []) if made_by in (None, self.stamp(f))]
             folder = max(fit, key=rank) if fit else self.free(label, keys, key, made_by)
-            records = [r for r in self.records.get(key, []) if made_by in (None, r["code"])]
-            record = max(records, key=lambda r: r["code"] == code(), default={})
-            self.given[key, made_by] = Run(arguments, settings, folder, record)
+            self.given[key, made_by] = run = Run(arguments, settings, folder)
+            records = [r for r in self.records.get(key, []) if made_by in (None, r["code"])
+                       and run.data in ("", r["data"])]
+            run.record = max(records, key=lambda r: r["code"] == code(), default={})
         return self.given[key, made_by]
 
     @staticmethod
@@ -274,5 +284,5 @@ def stamp_run(run):
     codes = dict.fromkeys([*filter(None, before.split(", ")), code()])
     made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
                "device": device_name(), "torch": torch.__version__,
-               "python": PYTHON, "code": ", ".join(codes)}
+               "python": platform.python_version(), "code": ", ".join(codes)}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

@@ -6,7 +6,6 @@ diverging row, refuses what would mislead, and that every number in docs and REA
 import json
 import math
 import os
-import platform
 import random
 import re
 import shlex
@@ -292,11 +291,17 @@ def test_settings_of_former_code_mean_the_same():
     assert settings_of({"eval_iters": 80}) == settings_of({"eval_windows": 640}) != settings_of({})
 
 
-def test_only_todays_code_counts_for_a_row_of_yours(tmp_path):
+def test_only_todays_code_counts_for_a_row_of_yours(tmp_path, monkeypatch):
     arguments, keys = [CONFIG, "--seed=1"], {"seed": 1}
     write_run(tmp_path / "a", arguments, made_by="earlier")
     key = digest(settings_of(flat(load_config([str(ROOT / CONFIG), "--seed=1"]))))
-    records = {key: [{"state": "done", "code": "earlier", "val_loss": 1.0}]}
+    records = {key: [{"state": "done", "code": "earlier", "data": "same", "val_loss": 1.0}]}
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
+    elsewhere = RunFolders(tmp_path / "none", records)
+    assert elsewhere.find("x", CONFIG, keys).has_ended  # a result counts as done, on equal data
+    assert not elsewhere.find("x", CONFIG, keys, made_by=code()).has_ended
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "other")
+    assert not RunFolders(tmp_path / "none", records).find("x", CONFIG, keys).has_ended
     folders = RunFolders(tmp_path, records)
     assert folders.find("x", CONFIG, keys).folder.name == "a"
     mine = folders.find("x", CONFIG, keys, made_by=code())
@@ -487,20 +492,21 @@ def test_a_part_can_be_evaluated(tmp_path, capsys):
     assert seeds == [1, 2]
 
 
-def test_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys):
+def test_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
     arguments = [str(FIGURE_1), f"--out={tmp_path}/none", f"--results={tmp_path}", "--evaluate"]
     path = tmp_path / "figure_1_necessity_cpu.json"
     keys = {"learning_rate": 0.004, "seed": 77}
     run = {"model": "0.23M", "row": "baseline", **keys, "state": "done", "val_loss": 1.0,
            "curve": [], "steps": 1, "tokens": 8, "params": 9, "scale_params": 1, "seconds": 1,
            "settings": digest(RunFolders(tmp_path).find("x", CONFIG, keys).settings), "code": "",
-           "python": platform.python_version()}
+           "data": "same"}
     path.write_text(json.dumps({"study": "s", "runs": [run]}), encoding="utf-8")
     assert main(arguments) == 0  # a seed that the study does not ask for
     assert json.loads(path.read_text(encoding="utf-8"))["runs"] == [run]
     for damage, says in (({"settings": "other"}, "with other settings: move them away"),
                          ({"row": "gone"}, "with other settings: move them away"),
-                         ({"python": "2.7"}, "runs by Python 2.7, whose standard library")):
+                         ({"data": "other"}, "hold runs on other data than this machine has")):
         text = json.dumps({"study": "s", "runs": [{**run, **damage}]})
         path.write_text(text, encoding="utf-8")
         assert main(arguments) == 1 and path.read_text(encoding="utf-8") == text
@@ -580,7 +586,7 @@ def results_of(tmp_path, values, study=None):
     runs = {}
     for cell, loss in losses_by(values).items():
         record = {"curve": [[8, loss]], "params": 1100 if cell.row == "b" else 1000, "tokens": 8,
-                  "seconds": 1, "val_loss": loss, "state": "done"}
+                  "seconds": 1, "val_loss": loss, "state": "done", "code": "", "data": ""}
         runs[cell] = Run([], {}, tmp_path, record)
     return collect(study, "cpu", runs, list(runs), "", {})
 
@@ -682,9 +688,7 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
 def test_records_of_other_tools_are_passed_over(tmp_path):
     (tmp_path / "bench.json").write_text('{"races": {}}', encoding="utf-8")
     assert load_records(tmp_path) == {}
-    committed = json.loads(RESULTS[0].read_text(encoding="utf-8"))["runs"][0]
-    assert sum(map(len, load_records(ROOT / "results", python=committed["python"]).values())) > 100
-    assert load_records(ROOT / "results", python="2.7") == {}  # its standard library is other data
+    assert sum(map(len, load_records(ROOT / "results").values())) > 100
 
 
 def test_pictures_do_not_compare_what_cannot_be():
