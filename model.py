@@ -453,12 +453,18 @@ class GPT(nn.Module):
 
 # ---- checks of the configuration -----------------------------------------------------------------
 
+def nearest(name, names):
+    """"; did you mean ...?", or nothing where no name is near."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def check_choice(key, value, choices):
     """Raise ValueError, with the nearest choice, if the value is none of them."""
     if value not in choices:
-        close = difflib.get_close_matches(str(value), list(map(str, choices)), n=1)
-        raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(map(str, choices))}"
-                         + (f"; did you mean {close[0]}?" if close else ""))
+        names = [str(choice) for choice in choices]
+        raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(names)}"
+                         f"{nearest(str(value), names)}")
 
 
 def check_shape(c):

@@ -10,7 +10,6 @@ import __future__
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_choice, nearest
 from norms import SCALE_DECAY_POLICIES
 from optim import DECAY_SHAPES, OPTIMIZERS, SCHEDULES
 
@@ -115,10 +114,7 @@ FIELDS = {f.name: f for f in (*dataclasses.fields(TrainConfig), *dataclasses.fie
 def check_values(c):
     """Raise ValueError if a value is out of its range."""
     for key, choices in CHOICES.items():
-        if (value := getattr(c, key)) not in choices:
-            names = [str(choice) for choice in choices]
-            raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(names)}"
-                             f"{nearest(str(value), names)}")
+        check_choice(key, getattr(c, key), choices)
     for key, value in vars(c).items():
         least, most = RANGES.get(key, (0, math.inf))
         if type(value) in (int, float) and not least <= value <= most:
@@ -213,12 +209,6 @@ def describe_keys():
         lines += [f"  {f.name + '=' + repr(f.default):<34}  {comments.get(f.name, '')}".rstrip()
                   for f in dataclasses.fields(kind) if f.name in FIELDS]
     return "\n".join(lines)
-
-
-def nearest(name, names):
-    """"; did you mean ...?", or nothing where no name is near."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def known_key(key, where):
