@@ -1,4 +1,4 @@
-# The unified strategy, HG + DNP + OR + IWD, on the built-in data: some two minutes on two CPU cores.
+# The unified strategy, HG + DNP + OR + IWD, on the built-in data: about a minute on one core.
 from configs.quickstart_baseline import *
 from configs.unified import *
 

@@ -198,6 +198,28 @@ def readme(folder):
     return "\n".join(lines)
 
 
+def quickstart(folder):
+    """README's table of the two commands: their seed in figure 5's study, and all of its seeds."""
+    path = Path(folder) / "figure_5_step_by_step_cpu.json"
+    if not path.is_file():
+        return "Not run yet."
+    results, losses = read(path), {"baseline": {}, "unified": {}}
+    tuned = results["results"]["0.23M"]["tuned_rate"]
+    for run in results["runs"]:
+        if run["row"] in losses and run["learning_rate"] == tuned and run["state"] == "done":
+            losses[run["row"]][run["seed"]] = run["val_loss"]
+    base, ours = losses.values()
+    difference = paired(ours, base)
+    means = [statistics.mean(row[seed] for seed in base.keys() & ours.keys())
+             for row in (base, ours)]
+    return "\n".join([
+        "| validation loss, nats a byte | baseline | unified | difference |",
+        "| --- | --- | --- | --- |",
+        f"| these commands | {base[1]:.4f} | {ours[1]:.4f} | {signed(ours[1] - base[1])} |",
+        f"| the mean of {difference['seeds']} seeds | {means[0]:.4f} | {means[1]:.4f} | "
+        f"{interval(difference)} |"])
+
+
 def find(entries, row, other):
     return next(e for e in entries if (e["row"], e["other"]) == (row, other))
 
@@ -212,17 +234,19 @@ def read(path):
                          "run the study anew") from None
 
 
-BLOCK = re.compile(r"<!-- (results|study \S+) -->.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (results|quickstart|study \S+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def fill(text, folder=ROOT / "results"):
     """The text with its generated blocks written anew: between `<!-- study NAME_SCALE -->` and
-    `<!-- end -->` the table of results/NAME_SCALE.json, between `<!-- results -->` and
-    `<!-- end -->` README's table."""
+    `<!-- end -->` the table of results/NAME_SCALE.json, between `<!-- results -->`, or
+    `<!-- quickstart -->`, and `<!-- end -->` README's tables."""
     def write(match):
         what, _, name = match[1].partition(" ")
         path = Path(folder) / f"{name}.json"
-        content = readme(folder) if what == "results" else \
-            table(read(path)) if path.is_file() else "Not run yet."
+        if what == "study":
+            content = table(read(path)) if path.is_file() else "Not run yet."
+        else:
+            content = {"results": readme, "quickstart": quickstart}[what](folder)
         return f"<!-- {match[1]} -->\n\n{content}\n\n<!-- end -->"
     return BLOCK.sub(write, text)
