@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lib.config import flat, load_config
+from lib.config import load_config, to_dict
 from study import evidence, tables
 from study.evidence import best_rate, judge, paired, pooled, seeds_needed, summarize, verdict
 from study.plan import Cell, Study, load_study, read_idea
@@ -262,7 +262,7 @@ def test_an_idea_is_a_row_of_the_track():
 def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **stored):
     """What train.py leaves, without training."""
     folder.mkdir(parents=True)
-    settings = flat(load_config([str(ROOT / arguments[0]), *arguments[1:]]))
+    settings = to_dict(load_config([str(ROOT / arguments[0]), *arguments[1:]]))
     (folder / "config.json").write_text(json.dumps({**settings, **stored}), encoding="utf-8")
     if finished:
         summary = {"val_loss": val_loss, "steps": 1, "tokens": 8, "params": 9, "scale_params": 1,
@@ -294,7 +294,7 @@ def test_settings_of_former_code_mean_the_same():
 def test_only_todays_code_counts_for_a_row_of_yours(tmp_path, monkeypatch):
     arguments, keys = [CONFIG, "--seed=1"], {"seed": 1}
     write_run(tmp_path / "a", arguments, made_by="earlier")
-    key = digest(settings_of(flat(load_config([str(ROOT / CONFIG), "--seed=1"]))))
+    key = digest(settings_of(to_dict(load_config([str(ROOT / CONFIG), "--seed=1"]))))
     records = {key: [{"state": "done", "code": "earlier", "data": "same", "val_loss": 1.0}]}
     monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
     elsewhere = RunFolders(tmp_path / "none", records)
@@ -643,7 +643,7 @@ def test_committed_summaries_follow_from_their_runs(path):
     losses = {cell: r.get("val_loss", math.inf) for cell, r in runs.items()}
     assert rounded(summarize(study, losses)) == rounded(results["results"])
     for cell, run in runs.items():  # so that the runs count as done where out/ is gone
-        config = flat(load_config([str(ROOT / study.models[cell.model].config), *(
+        config = to_dict(load_config([str(ROOT / study.models[cell.model].config), *(
             f"--{key}={value}" for key, value in study.keys(cell).items())]))
         assert run["settings"] == digest(settings_of(config)), cell
     assert as_text(results) == path.read_text(encoding="utf-8")
