@@ -270,7 +270,7 @@ def fold_scale_vectors(model):
 
 # does the parameter `name` of a ScaleVector decay? (the paper does not tell β from α)
 SCALE_DECAY_POLICIES = {
-    "all": lambda name, vector: True,  # Gemma's baseline (figure 3); our reading of rows without IWD
+    "all": lambda name, vector: True,  # Gemma's baseline (figure 3); our reading of rows w/o IWD
     "none": lambda name, vector: False,
     "input_norm": lambda name, vector: vector.input_norm,  # IWD (section 2.2): Input-Norms only
     "output_norm": lambda name, vector: not vector.input_norm,  # the converse (figure 3)

@@ -1,7 +1,7 @@
 """
 Who is decayed, who steps, and how fast: parameter groups, optimizers and learning-rate schedules.
 
-  param_groups       every parameter in exactly one group; scale vectors by one of five weight-decay policies
+  param_groups       every parameter in exactly one group; scale vectors by a decay policy
   Muon               orthogonalized momentum, all matrices of one shape at once
   make_optimizer     AdamW, or Muon for the hidden matrices with AdamW for the rest
   optimizer_state    what a checkpoint keeps, by parameter name
@@ -59,12 +59,13 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
             for group in (*named, *groups.values())]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Muon
 
 def orthogonalize(M, steps=5):
-    """About U Vᵀ of M = U S Vᵀ, by the quintic Newton-Schulz iteration with the coefficients of Muon's authors, in bfloat16 as theirs.
-    Singular values of a fair size end between about 0.7 and 1.2, tiny ones stay below. M (k, m, n), k matrices at once -> its shape."""
+    """About U Vᵀ of M = U S Vᵀ: the quintic Newton-Schulz iteration with the coefficients of Muon's
+    authors, in bfloat16 as theirs. Singular values of a fair size end between about 0.7 and 1.2,
+    tiny ones stay below. M (k, m, n), k matrices at once -> (k, m, n)."""
     a, b, c = 3.4445, -4.775, 2.0315
     X = M.bfloat16()
     tall = M.size(-2) > M.size(-1)
@@ -77,10 +78,14 @@ def orthogonalize(M, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """B ← B + (1 - μ)(g - B), W ← (1 - lr λ) W - lr 0.2 √max(m, n) orthogonalize(g + μ (B - g)), with Nesterov's look ahead: Moonlight's
-    form (arXiv 2502.16982), whose factor gives the update AdamW's usual size, so one learning rate and one weight decay λ serve
-    both. As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", matrix by matrix, but all matrices of one shape run as one
-    batch, stacks of experts (E, m, n) too: a few dozen kernels a step, not thousands."""
+    """Muon in Moonlight's form (arXiv 2502.16982), with Nesterov's look ahead:
+
+        B ← B + (1 - μ)(g - B)
+        W ← (1 - lr λ) W - lr 0.2 √max(m, n) orthogonalize(g + μ (B - g))
+
+    The factor gives the update AdamW's usual size, so that one learning rate and one weight decay λ
+    serve both. It equals torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but all matrices of
+    one shape are one batch, stacks of experts (E, m, n) too: a few dozen kernels, not thousands."""
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -93,20 +98,25 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - momentum)
-                    by_shape.setdefault(tuple(p.shape[-2:]), []).append((p, p.grad.lerp(buffer, momentum)))
+                    update = p.grad.lerp(buffer, momentum).bfloat16()
+                    by_shape.setdefault(tuple(p.shape[-2:]), []).append((p, update))
+
             for (m, n), members in by_shape.items():
-                updates = orthogonalize(torch.cat([update.bfloat16().view(-1, m, n) for _, update in members]))
-                for (p, _), update in zip(members, updates.split([p.numel() // (m * n) for p, _ in members])):
-                    p.mul_(1 - lr * group["weight_decay"]).add_(update.view_as(p), alpha=-lr * 0.2 * max(m, n) ** 0.5)
+                stacks = [update.view(-1, m, n) for _, update in members]
+                updates = orthogonalize(torch.cat(stacks)).split([len(stack) for stack in stacks])
+                for (p, _), update in zip(members, updates):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-lr * 0.2 * max(m, n) ** 0.5)
 
 
 class MuonWithAdamW:
-    """Muon for the group "hidden", torch.optim.AdamW for all others, with the face of one optimizer."""
+    """Muon for the group "hidden", torch.optim.AdamW for the others, used as one optimizer."""
 
     def __init__(self, groups, lr, betas, momentum, fused):
         hidden = [g for g in groups if g["name"] == "hidden"]
         others = [g for g in groups if g["name"] != "hidden"]
-        self.parts = [Muon(hidden, lr=lr, momentum=momentum), torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)]
+        self.parts = [Muon(hidden, lr=lr, momentum=momentum),
+                      torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)]
 
     @property
     def param_groups(self):
@@ -121,7 +131,8 @@ class MuonWithAdamW:
             part.zero_grad(set_to_none=set_to_none)
 
 
-def make_optimizer(groups, optimizer="adamw", lr=1e-3, betas=(0.9, 0.95), muon_momentum=0.95, fused=False):
+def make_optimizer(groups, optimizer="adamw", lr=1e-3, betas=(0.9, 0.95), muon_momentum=0.95,
+                   fused=False):
     """The optimizer over param_groups' groups. fused: AdamW's one-kernel step, for CUDA."""
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
@@ -135,8 +146,8 @@ def parts_of(optimizer):
 
 
 def optimizer_state(optimizer):
-    """{parameter name: {"exp_avg": tensor, ...}}: moments and step counts. Learning rates, decays and the like are not in it: they
-    are the configuration's, also after a resume."""
+    """{parameter name: {"exp_avg": tensor, ...}}: moments and step counts. Learning rates, decays
+    and the like are not in it: they are the configuration's, also after a resume."""
     return {name: dict(part.state[p]) for part in parts_of(optimizer) for group in part.param_groups
             for name, p in zip(group["param_names"], group["params"]) if p in part.state}
 
@@ -166,25 +177,27 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr * group["lr_scale"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # schedules
 
 def warmup(step, learning_rate, warmup_iters):
-    """Linear from learning_rate/warmup_iters at step 0 to learning_rate at step warmup_iters - 1."""
+    """Linear: learning_rate/warmup_iters at step 0, learning_rate at step warmup_iters - 1."""
     return learning_rate * (step + 1) / warmup_iters
 
 
 def cosine(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0):
-    """Warmup, then half a cosine from learning_rate at step warmup_iters to min_lr at step max_iters."""
+    """Warmup, then half a cosine from learning_rate at step warmup_iters to min_lr at max_iters."""
     if step < warmup_iters:
         return warmup(step, learning_rate, warmup_iters)
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def wsd(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0, decay_share=0.2, decay_shape="linear"):
-    """Warmup, stable, decay: the last decay_share of max_iters goes from learning_rate to min_lr, with s from 0 to 1,
-    as 1 - s ("linear", the paper's), (1 + cos πs)/2 ("cosine") or 1 - √s ("sqrt")."""
+def wsd(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0, decay_share=0.2,
+        decay_shape="linear"):
+    """Warmup, stable, decay: the last decay_share of max_iters goes from learning_rate to min_lr,
+    with s from 0 to 1, as 1 - s ("linear", the paper's), (1 + cos πs)/2 ("cosine") or 1 - √s
+    ("sqrt")."""
     if step < warmup_iters:
         return warmup(step, learning_rate, warmup_iters)
     decay_iters = max(1, round(decay_share * max_iters))
@@ -196,12 +209,15 @@ def wsd(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0, decay_share=
     elif decay_shape == "sqrt":
         factor = 1 - math.sqrt(s)
     else:
-        raise ValueError(f"decay_shape={decay_shape!r} is unknown: choose one of {', '.join(DECAY_SHAPES)}")
+        raise ValueError(f"decay_shape={decay_shape!r} is unknown: choose one of "
+                         f"{', '.join(DECAY_SHAPES)}")
     return min_lr + (learning_rate - min_lr) * factor
 
 
 def learning_rate(step, config):
     """The learning rate of a step by the configuration's schedule."""
-    if config.schedule == "cosine":
-        return cosine(step, config.learning_rate, config.max_iters, config.warmup_iters, config.min_lr)
-    return wsd(step, config.learning_rate, config.max_iters, config.warmup_iters, config.min_lr, config.decay_share, config.decay_shape)
+    c = config
+    if c.schedule == "cosine":
+        return cosine(step, c.learning_rate, c.max_iters, c.warmup_iters, c.min_lr)
+    return wsd(step, c.learning_rate, c.max_iters, c.warmup_iters, c.min_lr, c.decay_share,
+               c.decay_shape)

@@ -1,4 +1,5 @@
-# Dense-0.12B under a warmup-stable-decay schedule (the paper's figure 9, appendix B): linear to 0 in the last fifth.
+# Dense-0.12B under a warmup-stable-decay schedule (the paper's figure 9, appendix B): linear to 0
+# in the last fifth.
 from configs.baseline_120m import *
 
 out_dir = "out/baseline_120m_wsd"

@@ -1,4 +1,5 @@
-# MoE-0.5B of the paper's table 5, whose width of 748 is a misprint: it gives neither 0.48B nor whole heads, 768 does.
+# MoE-0.5B of the paper's table 5, whose width of 748 is a misprint: it gives neither 0.48B nor
+# whole heads, 768 does.
 from configs.baseline_moe_250m import *
 
 out_dir = "out/baseline_moe_500m"

@@ -1,4 +1,5 @@
-# MoE-0.5B under a warmup-stable-decay schedule (the paper's figure 9, appendix B): linear to 0 in the last fifth.
+# MoE-0.5B under a warmup-stable-decay schedule (the paper's figure 9, appendix B): linear to 0 in
+# the last fifth.
 from configs.baseline_moe_500m import *
 
 out_dir = "out/baseline_moe_500m_wsd"

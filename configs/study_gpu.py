@@ -1,4 +1,5 @@
-# The studies' model for one H100: the paper's 0.12B in small batches, to make many steps, for about ten minutes (planned, not yet timed).
+# The studies' model for one H100: the paper's 0.12B in small batches, to make many steps, for about
+# ten minutes (planned, not yet timed).
 from configs.baseline_120m import *
 
 out_dir = "out/study_gpu"

@@ -1,4 +1,5 @@
-# Unified Dense-0.12B under a warmup-stable-decay schedule (the paper's figure 9, appendix B): linear to 0 in the last fifth.
+# Unified Dense-0.12B under a warmup-stable-decay schedule (the paper's figure 9, appendix B):
+# linear to 0 in the last fifth.
 from configs.unified_120m import *
 
 out_dir = "out/unified_120m_wsd"

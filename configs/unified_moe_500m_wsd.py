@@ -1,4 +1,5 @@
-# Unified MoE-0.5B under a warmup-stable-decay schedule (the paper's figure 9, appendix B): linear to 0 in the last fifth.
+# Unified MoE-0.5B under a warmup-stable-decay schedule (the paper's figure 9, appendix B): linear
+# to 0 in the last fifth.
 from configs.unified_moe_500m import *
 
 out_dir = "out/unified_moe_500m_wsd"
