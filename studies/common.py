@@ -1,15 +1,23 @@
 """
-What the studies share: the paper's variants by name, and the scales a study can run at. Data only.
+What the studies share: the paper's variants by name, and the scales a study can run at. Only data.
 
 A study is a plain file of these names:
   title, question   what it is, and what it asks
-  rows              {label: keys of train.py}; the first row is the one whose learning rate is tuned, for all
-  comparisons       {(label, label it is compared with): {the paper's model: its difference of terminal validation losses, nats}}
+  rows              {label: keys of train.py}; the first row's best learning rate is everyone's
+  comparisons       {(label, the other label): {the paper's model: its difference in nats}}
   panels            [[labels] ...] of the picture; without it, one panel with all
   picture           "relative loss" (without it), "learning rates", "scaling" or "matrix norms"
-  scales            {scale: {"seeds": ..., "models": {name: {"config": file, "keys": keys, "learning_rates": grid}}}}
+  matrices          (start of a name, branches): the matrices whose norms the results keep
+  yours, rule       studies/track.py: the rows yours is compared with; when it counts as better
+  costs             {where: time of a step over the baseline's}, for a compute multiplier net of it
+  scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,
+                     "tuning_seeds": how many of the seeds tune (1),
+                     "protocol": "paper" or "both" (see study/plan.py),
+                     "rows": {label: keys at this scale only}}}
+A model is {"config": file, "keys": keys, "learning_rates": grid} and, if need be, "rows": the
+labels that it runs, and "tuning": keys that replace the others while learning rates are tuned.
 """
-# ------------------------------------------------------------------------------------------------ the table of variants
+# ------------------------------------------------------------------------- the table of variants
 NONE = {"scale_vectors": False}
 HG = {"scale_heterogeneous": True}
 AP = {"scale_placement": "after"}
@@ -21,8 +29,8 @@ IWD = {"scale_weight_decay": "input_norm"}
 NO_DECAY = {"scale_weight_decay": "none"}
 UNIFIED = {**HG, **DNP, **OR, **IWD}
 
-# ------------------------------------------------------------------------------------------------ scales
-SEEDS, FIVE_SEEDS = (1, 2, 3), (1, 2, 3, 4, 5)
+# ------------------------------------------------------------------------- scales
+SEEDS, FIVE_SEEDS, TEN_SEEDS = (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 CPU_RATES = (2e-3, 4e-3, 8e-3)
 CPU_MODEL = {"config": "configs/study_cpu.py", "keys": {}, "learning_rates": CPU_RATES}
 CPU = {"seeds": SEEDS, "models": {"0.23M": CPU_MODEL}}
@@ -32,4 +40,9 @@ GPU_MODEL = {"config": "configs/study_gpu.py", "keys": {}, "learning_rates": GPU
 GPU = {"seeds": (1,), "models": {"0.12B": GPU_MODEL}}
 
 PAPER_RATES = (6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3)
-PAPER = {"seeds": (1,), "models": {"0.12B": {"config": "configs/baseline_120m.py", "keys": {}, "learning_rates": PAPER_RATES}}}
+PAPER = {"seeds": (1,), "models": {"0.12B": {
+    "config": "configs/baseline_120m.py", "keys": {}, "learning_rates": PAPER_RATES}}}
+
+# time of a step of unified over the baseline's
+COSTS = {"a compiled step at 0.92M on a CPU, results/bench_cpu.json": 1.085,
+         "1B on an H100, predicted": 1.028}  # docs/performance.md says how

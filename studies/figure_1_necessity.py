@@ -1,17 +1,23 @@
-"""The paper's figure 1: Llama-0.12B with and without scale vectors, and without them for longer, until the losses meet."""
-from studies.common import CPU, CPU_MODEL, GPU, NO_DECAY, NONE, PAPER
+"""The paper's figure 1: Llama-0.12B with and without scale vectors, and without them for longer,
+until the losses meet."""
+from studies.common import CPU_MODEL, GPU, NO_DECAY, NONE, PAPER, TEN_SEEDS
 
 SHORT = ("baseline", "no scale vectors", "baseline without decay on γ")
 
 title = "Figure 1, are scale vectors necessary?"
 question = "how much worse is a model whose normalizations have no scale vector?"
 rows = {"baseline": {}, "no scale vectors": NONE, "baseline without decay on γ": NO_DECAY,
-        "no scale vectors for 1.4 x the steps": NONE, "no scale vectors for 1.2 x the steps": NONE}
-comparisons = {("no scale vectors", "baseline"): {"0.12B": 0.028, "0.12B at its own best rate": 0.015},
-               ("baseline without decay on γ", "baseline"): {}, ("no scale vectors", "baseline without decay on γ"): {},
-               ("no scale vectors for 1.4 x the steps", "baseline"): {},  # the paper: equal, at the baseline's rate
-               ("no scale vectors for 1.2 x the steps", "baseline"): {}}  # the paper: equal, at its own best rate
+        "no scale vectors for 1.4 x the steps": NONE,
+        "no scale vectors for 1.2 x the steps": NONE}
+comparisons = {
+    ("no scale vectors", "baseline"): {"0.12B": 0.028, "0.12B at its own best rate": 0.015},
+    ("baseline without decay on γ", "baseline"): {},
+    ("no scale vectors", "baseline without decay on γ"): {},
+    # the paper: equal, at the baseline's rate and at its own best rate
+    ("no scale vectors for 1.4 x the steps", "baseline"): {},
+    ("no scale vectors for 1.2 x the steps", "baseline"): {}}
 longer = {"paper": (26250, 22500), "gpu": (4900, 4200)}
-scales = {"cpu": {**CPU, "models": {"0.23M": {**CPU_MODEL, "rows": SHORT}}}}
+scales = {"cpu": {"seeds": TEN_SEEDS, "models": {"0.23M": {**CPU_MODEL, "rows": SHORT}}}}
 for scale, spec in (("gpu", GPU), ("paper", PAPER)):
-    scales[scale] = {**spec, "rows": {row: {"max_iters": steps} for row, steps in zip(list(rows)[3:], longer[scale])}}
+    scales[scale] = {**spec, "rows": {row: {"max_iters": steps} for row, steps in
+                                      zip(list(rows)[3:], longer[scale])}}

@@ -1,22 +1,55 @@
-"""The paper's figure 6: terminal losses of baseline and unified over dense sizes, and how much more compute the baseline needs."""
-from studies.common import CPU_MODEL, SEEDS, UNIFIED
+"""The paper's figure 6: terminal losses of baseline and unified over dense sizes, and how much more
+compute the baseline needs."""
+from studies.common import COSTS, CPU_MODEL, NO_DECAY, SEEDS, UNIFIED
 
 title = "Figure 6, dense models over sizes"
 question = "does the gain of the unified strategy last as models grow?"
-rows = {"baseline": {}, "unified": UNIFIED}
-comparisons = {("unified", "baseline"): {"0.12B": -0.0331, "0.25B": -0.0244, "0.5B": -0.0416, "0.75B": -0.0373, "1B": -0.0148}}
+rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY}  # ours
+comparisons = {
+    ("unified", "baseline"): {"0.12B": -0.0331, "0.25B": -0.0244, "0.5B": -0.0416,
+                              "0.75B": -0.0373, "1B": -0.0148},
+    ("unified", "baseline without decay on γ"): {}}
 picture = "scaling"
-# at the cpu scale the batch grows with the model: equal steps, and about 6 tokens a parameter
+costs = COSTS
+TWO_ROWS = ("baseline", "unified")
+
+
+def shape(n_layer, n_embd, n_head, batch_size):
+    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "batch_size": batch_size}
+
+
+def cpu(rates=CPU_MODEL["learning_rates"], **keys):
+    return {**CPU_MODEL, "rows": TWO_ROWS, "keys": keys, "learning_rates": rates}
+
+
+def long(steps, rates, **keys):
+    """20 tokens a parameter; the rate is tuned on the baseline at a quarter of the steps."""
+    full, quarter = ({"max_iters": s, "eval_interval": s // 6} for s in (steps, steps // 4))
+    return {**CPU_MODEL, "keys": {**keys, **full, "eval_iters": 80, "compile": True},
+            "tuning": quarter, "learning_rates": rates}
+
+
+def paper(config, rate):
+    return {"config": config, "keys": {}, "learning_rates": (rate,), "rows": TWO_ROWS}
+
+
 scales = {
-    "cpu": {"seeds": SEEDS, "models": {
-        "0.05M": {**CPU_MODEL, "keys": {"n_layer": 3, "n_embd": 32, "n_head": 2, "batch_size": 1}},
-        "0.11M": {**CPU_MODEL, "keys": {"n_layer": 3, "n_embd": 48, "n_head": 3, "batch_size": 2}, "learning_rates": (4e-3, 8e-3, 16e-3)},
-        "0.23M": CPU_MODEL,
-        "0.43M": {**CPU_MODEL, "keys": {"n_layer": 5, "n_embd": 80, "n_head": 5, "batch_size": 8}}}},
+    # the batch grows with the model: equal steps, and about 6 tokens a parameter
+    "cpu": {"seeds": SEEDS, "protocol": "paper", "models": {
+        "0.05M": cpu(**shape(3, 32, 2, 1)),
+        "0.11M": cpu((4e-3, 8e-3, 16e-3), **shape(3, 48, 3, 2)),
+        "0.23M": cpu(),
+        "0.43M": cpu(**shape(5, 80, 5, 8))}},
+    # steps and batch grow with the model
+    "long": {"seeds": SEEDS, "protocol": "paper", "models": {
+        "0.11M": long(4200, (4e-3, 8e-3, 16e-3), **shape(3, 48, 3, 4)),
+        "0.23M": long(6000, (2e-3, 4e-3, 8e-3), **shape(4, 64, 4, 6)),
+        "0.46M": long(9100, (2e-3, 4e-3, 8e-3), **shape(5, 84, 6, 8)),
+        "0.93M": long(12000, (2e-3, 4e-3, 8e-3), **shape(5, 120, 6, 12))}},
     "paper": {"seeds": (1,), "models": {
-        "0.12B": {"config": "configs/baseline_120m.py", "keys": {}, "learning_rates": (4e-3,)},
-        "0.25B": {"config": "configs/baseline_250m.py", "keys": {}, "learning_rates": (2e-3,)},
-        "0.5B": {"config": "configs/baseline_500m.py", "keys": {}, "learning_rates": (2e-3,)},
-        "0.75B": {"config": "configs/baseline_750m.py", "keys": {}, "learning_rates": (2e-3,)},
-        "1B": {"config": "configs/baseline_1b.py", "keys": {}, "learning_rates": (1e-3,)}}},
+        "0.12B": paper("configs/baseline_120m.py", 4e-3),
+        "0.25B": paper("configs/baseline_250m.py", 2e-3),
+        "0.5B": paper("configs/baseline_500m.py", 2e-3),
+        "0.75B": paper("configs/baseline_750m.py", 2e-3),
+        "1B": paper("configs/baseline_1b.py", 1e-3)}},
 }

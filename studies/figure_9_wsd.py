@@ -1,17 +1,21 @@
 """The paper's figure 9: the unified strategy under a warmup-stable-decay schedule."""
-from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, SEEDS, UNIFIED
+from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, TEN_SEEDS, UNIFIED
 
 WSD = {"schedule": "wsd"}  # linear to 0 in the last fifth of the steps
 
 title = "Figure 9, under warmup-stable-decay"
 question = "does the gain of the unified strategy hold under another schedule?"
-rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY}  # the last is ours
+# the last is ours
+rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY}
 comparisons = {("unified", "baseline"): {"Dense-0.12B": -0.0269, "MoE-0.5B": -0.0187},
                ("unified", "baseline without decay on γ"): {}}
 scales = {
-    "cpu": {"seeds": SEEDS, "models": {"0.23M": {**CPU_MODEL, "keys": WSD}}},
+    "cpu": {"seeds": TEN_SEEDS, "models": {"0.23M": {
+        **CPU_MODEL, "keys": WSD, "learning_rates": (1e-3, 2e-3, 4e-3, 8e-3)}}},
     "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": WSD}}},
     "paper": {"seeds": (1,), "models": {
-        "Dense-0.12B": {"config": "configs/baseline_120m_wsd.py", "keys": {}, "learning_rates": (3e-3,)},
-        "MoE-0.5B": {"config": "configs/baseline_moe_500m_wsd.py", "keys": {}, "learning_rates": (2e-3,)}}},
+        "Dense-0.12B": {"config": "configs/baseline_120m_wsd.py", "keys": {},
+                        "learning_rates": (3e-3,)},
+        "MoE-0.5B": {"config": "configs/baseline_moe_500m_wsd.py", "keys": {},
+                     "learning_rates": (2e-3,)}}},
 }

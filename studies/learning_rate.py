@@ -3,8 +3,8 @@ from studies.common import CPU_MODEL, DNP, GPU, HG, NONE, OR, SEEDS, UNIFIED
 
 title = "Learning rates"
 question = "is a gain more than another best learning rate?"
-rows = {"baseline": {}, "no scale vectors": NONE, "HG": HG, "HG + DNP": {**HG, **DNP}, "HG + DNP + OR": {**HG, **DNP, **OR},
-        "unified": UNIFIED}
+rows = {"baseline": {}, "no scale vectors": NONE, "HG": HG, "HG + DNP": {**HG, **DNP},
+        "HG + DNP + OR": {**HG, **DNP, **OR}, "unified": UNIFIED}
 comparisons = {(row, "baseline"): {} for row in list(rows)[1:]}
 picture = "learning rates"
 scales = {"cpu": {"seeds": SEEDS, "tuning_seeds": len(SEEDS), "models": {

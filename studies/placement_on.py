@@ -1,12 +1,15 @@
-"""Ours: which maps the second norm and vector should be on. The paper names the output projection, and never o or down."""
+"""Ours: on which maps the second norm and vector should be. The paper names the output projection,
+and never o or down."""
 from studies.common import CPU, DP, GPU, HG, UNIFIED
 
-title = "Which maps"
-question = "what do the output projection, o and down contribute, and what do row and column multipliers alone?"
+title = "Maps with a second norm"
+question = "what do the output projection, o and down contribute, and what do row and "\
+           "column multipliers without a norm?"
 rows = {"baseline": {}, "unified": UNIFIED,
         "unified but the head": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
         "unified on o and down too": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up,head,o,down"},
         "learnable multipliers": {**HG, **DP, "scale_placement_on": "q,k,v,gate,up,head,o,down"}}
-comparisons = {("unified", "baseline"): {}, ("unified but the head", "unified"): {}, ("unified on o and down too", "unified"): {},
+comparisons = {("unified", "baseline"): {}, ("unified but the head", "unified"): {},
+               ("unified on o and down too", "unified"): {},
                ("learnable multipliers", "baseline"): {}}
-scales = {"cpu": CPU, "gpu": GPU}
+scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}

@@ -1,10 +1,13 @@
-"""Ours: OR moves the magnitude β by up to a learning rate a step, whatever the width. Is its gain a learning rate on scale vectors?"""
+"""Ours: OR moves the magnitude β by up to a learning rate a step, whatever the width. Does a larger
+learning rate on scale vectors give the same?"""
 from studies.common import CPU, DNP, GPU, HG, IWD, UNIFIED
 
 title = "Learning rate of scale vectors"
 question = "does a larger learning rate on scale vectors give what OR gives?"
 rows = {"baseline": {}, "HG + DNP + IWD": {**HG, **DNP, **IWD}, "unified": UNIFIED}
 for factor in (3.0, 10.0):
-    rows |= {f"{row} x{factor:g}": {**rows[row], "scale_lr": factor} for row in ("baseline", "HG + DNP + IWD", "unified")}
-comparisons = {(row, row.partition(" x")[0] if " x" in row else "baseline"): {} for row in list(rows)[1:]}
-scales = {"cpu": CPU, "gpu": GPU}
+    for row in ("baseline", "HG + DNP + IWD", "unified"):
+        rows[f"{row} x{factor:g}"] = {**rows[row], "scale_lr": factor}
+comparisons = {(row, row.partition(" x")[0] if " x" in row else "baseline"): {}
+               for row in list(rows)[1:]}
+scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}

@@ -1,17 +1,20 @@
-"""A track for new ideas: your config, or --key=value, beside baseline and unified, on the same seeds and data.
+"""A track for new ideas: your config, or --key=value, beside baseline and unified, on the same
+seeds and data.
 
   python -m study.run studies/track.py configs/mine.py --jobs=2
   python -m study.run studies/track.py --scale_reparam=exponential --scale_placement=dual
 
-The config says what differs from the baseline; a row's learning rate is tuned on as many rates as the baseline's."""
+The config says what differs from the baseline; --on=unified adds unified's keys. A row's learning
+rate is tuned on as many rates as the baseline's. Keys that all rows must share are refused."""
 from studies.common import CPU, FIVE_SEEDS, GPU, NO_DECAY, UNIFIED
 
 title = "Track"
 question = "is your idea better than the unified strategy?"
 rows = {"baseline": {}, "baseline without decay on γ": NO_DECAY, "unified": UNIFIED}
 comparisons = {("baseline without decay on γ", "baseline"): {}, ("unified", "baseline"): {}}
-yours = ("unified", "baseline", "baseline without decay on γ")  # what your row is compared with
-# stated before any run: five seeds, 95% interval of the difference paired by seed, at the best of three learning rates each
+yours = ("unified", "baseline", "baseline without decay on γ")  # your row is compared with these
+# stated before any run: five seeds, the 95% interval of the difference paired by seed, at the best
+# of three learning rates each
 rule = {"protocol": "own", "seeds": 5, "at_least": 0.005,
-        "says": "better if the whole interval lies below 0 and the mean is at least 0.005 nats below"}
+        "says": "better if the whole interval is below 0 and the mean at least 0.005 nats below"}
 scales = {"cpu": {**CPU, "seeds": FIVE_SEEDS}, "gpu": GPU}

@@ -1,284 +1,203 @@
 """
-From runs to what they show: differences paired by seed, their intervals, best learning rates, scaling fits.
+From losses to what they show: differences paired by seed, their intervals, best rates, scaling.
 
-  paired           mean and 95% t-interval of the differences between two rows over the seeds both have
+  paired           mean and 95% t-interval of the differences between two rows
+  pooled           the same of a weighted sum over sizes
+  seeds_needed     how many seeds would show a difference
   best_rate        the learning rate of least mean loss
   summarize        every row against the row it is compared with, by two protocols
-  power_law, compute_multiplier, bootstrap    L = a C^-b
-  table            the summary as Markdown
-  fill             the numbers of committed results in a text, between markers
+  fit_scaling      L = a C^-b over sizes, the compute multiplier and the pooled gain
+  verdict, judge   does it agree with the paper; does an idea count as better
 
-A cell is (model, row, learning rate, seed); `losses` maps cells to terminal validation losses, infinite where a run diverged.
-scipy is needed for the t-intervals alone: without it they are None.
+`losses` maps a study.plan.Cell to a terminal validation loss, infinite where the run diverged.
 """
-import json
 import math
-import re
 import statistics
-from pathlib import Path
 
 import numpy as np
 
-try:
-    from scipy import stats
-except ImportError:
-    stats = None
+# the 0.975 quantile of Student's t for 1 to 29 degrees of freedom; above, the last, which is safe
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010,
+         2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739,
+         2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452)
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIDENCE, RESAMPLES = 0.95, 2000
+
+def t_975(freedom):
+    return T_975[min(max(int(freedom), 1), len(T_975)) - 1]
+
+
+def shared_differences(losses, others):
+    """[losses[s] - others[s]] over the seeds s of both."""
+    return [losses[s] - others[s] for s in sorted(losses.keys() & others.keys())]
 
 
 def paired(losses, others):
-    """Mean and t-interval of losses[s] - others[s] over the seeds s of both: {"difference", "low", "high", "seeds"}.
-    The interval is mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; None for one seed. If a run diverged on either side,
-    the difference is None, too, and "diverged" says for how many seeds. None if no seed is shared."""
-    seeds = sorted(losses.keys() & others.keys())
-    differences = [losses[s] - others[s] for s in seeds]
-    if not seeds:
+    """{"difference", "low", "high", "seeds"} of losses[s] - others[s] over the seeds s of both:
+    mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; no interval for one seed. If
+    runs diverged, all three are None, and "diverged" counts the seeds. None without a seed."""
+    differences = shared_differences(losses, others)
+    if not differences:
         return None
     if diverged := sum(not math.isfinite(d) for d in differences):
-        return {"difference": None, "low": None, "high": None, "seeds": len(seeds), "diverged": diverged}
-    mean, low, high = statistics.mean(differences), None, None
-    if len(seeds) > 1 and stats:
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1) * statistics.stdev(differences) / math.sqrt(len(seeds))
-        low, high = mean - half, mean + half
-    return {"difference": mean, "low": low, "high": high, "seeds": len(seeds)}
+        return {"difference": None, "low": None, "high": None, "seeds": len(differences),
+                "diverged": diverged}
+    return {**pooled([1], [differences]), "seeds": len(differences)}
 
 
-def by_seed(losses, model, row, rate):
+def pooled(weights, groups):
+    """{"difference", "low", "high"} of Σ_i w_i mean(group_i): a t-interval from all values of all
+    groups, each with a variance of its own (Welch and Satterthwaite's degrees of freedom, rounded
+    down). The interval is None unless every group has two values."""
+    mean = sum(w * statistics.mean(g) for w, g in zip(weights, groups))
+    if min(map(len, groups)) < 2:
+        return {"difference": mean, "low": None, "high": None}
+    parts = [w ** 2 * statistics.variance(g) / len(g) for w, g in zip(weights, groups)]
+    rest = sum(p ** 2 / (len(g) - 1) for p, g in zip(parts, groups))
+    half = t_975(sum(parts) ** 2 / rest + 1e-9) * math.sqrt(sum(parts)) if rest else 0.0
+    return {"difference": mean, "low": mean - half, "high": mean + half}
+
+
+def half_width(found):
+    """Half the length of the interval of `paired`; None if there is none."""
+    return (found["high"] - found["low"]) / 2 if found and found["low"] is not None else None
+
+
+def seeds_needed(found, difference=0.005):
+    """How many seeds make the interval ± `difference`, if the spread stays what it is."""
+    if not (half := half_width(found)):
+        return None
+    deviation = half * math.sqrt(found["seeds"]) / t_975(found["seeds"] - 1)
+    n = 2
+    while t_975(n - 1) * deviation / math.sqrt(n) > difference:
+        n += 1
+    return n
+
+
+# ------------------------------------------------------------------------------------------------
+# rates and rows
+
+def by_seed(losses, model, row, rate, tuning=False):
     """{seed: loss} of a row at a learning rate."""
-    return {cell[3]: loss for cell, loss in losses.items() if cell[:3] == (model, row, rate)}
+    return {cell.seed: loss for cell, loss in losses.items()
+            if (*cell[:3], cell.tuning) == (model, row, rate, tuning)}
 
 
-def best_rate(losses, model, row, rates, seeds):
-    """The rate of least mean loss over the seeds, all of which every rate must have; else None. All diverged: the smallest rate."""
-    means = {}
-    for rate in rates:
-        found = by_seed(losses, model, row, rate)
-        if not found.keys() >= set(seeds):
-            return None
-        means[rate] = statistics.mean(found[s] for s in seeds)
-    return min(means, key=means.get)
+def best_rate(losses, study, model, row, whole=True):
+    """The rate of least mean loss over the tuning seeds; None until every rate has them all. whole:
+    every rate of the grid; otherwise every rate that the first row has, as tried so far. If all
+    diverged, the smallest rate."""
+    spec, seeds = study.models[model], study.seeds[:study.tuning_seeds]
+
+    def means(label):
+        found = {rate: by_seed(losses, model, label, rate, study.has_short_tuning(model))
+                 for rate in spec.learning_rates}
+        return {rate: statistics.mean(at[s] for s in seeds) for rate, at in found.items()
+                if at.keys() >= set(seeds)}
+    rates = means(row)
+    needed = spec.learning_rates if whole else means(study.rows_of(model)[0])
+    return min(rates, key=rates.get) if rates and rates.keys() >= set(needed) else None
 
 
-def summarize(study, scale, losses):
-    """{model: {"tuned_rate", "rows": {row: {"tuned": {...}, "own": {...}}}, "comparisons": [...]}}. "tuned": at the rate that is best for
-    the first row, the paper's protocol. "own": each row at its own best rate. Rates are chosen on the tuning seeds. A comparison has
-    "row", "other", the paper's values and the paired differences by both protocols."""
-    out = {}
-    for model, spec in scale["models"].items():
-        rates, seeds = spec["learning_rates"], tuning_seeds(scale)
-        best = {row: best_rate(losses, model, row, rates, seeds) for row in rows_of(study, spec)}
-        tuned, rows, comparisons = best[next(iter(best))], {}, []
-        for row in best:
-            rows[row] = {}
-            for protocol, rate in (("tuned", tuned), ("own", best[row])):
-                found = by_seed(losses, model, row, rate)
-                if rate is None or not found:
-                    continue
-                mean = statistics.mean(found.values())
-                rows[row][protocol] = {"learning_rate": rate, "loss": mean if math.isfinite(mean) else None, "seeds": len(found),
-                                       "diverged": sum(not math.isfinite(loss) for loss in found.values())}
-        for (row, other), paper in study["comparisons"].items():
-            if not best.keys() >= {row, other}:
-                continue
-            differences = {protocol: paired(*(by_seed(losses, model, r, rate) for r, rate in zip((row, other), rates)))
-                           for protocol, rates in (("tuned", (tuned, tuned)), ("own", (best[row], best[other]))) if None not in rates}
-            comparisons.append({"row": row, "other": other, "paper": paper, **differences})
+def best_rates(losses, study, whole=True):
+    """{(model, row): its best rate, or None}"""
+    return {(model, row): best_rate(losses, study, model, row, whole)
+            for model in study.models for row in study.rows_of(model)}
+
+
+def summarize(study, losses):
+    """{model: {"tuned_rate", "rows": {row: {"tuned", "own"}}, "comparisons": [...]}}. "tuned": at
+    the rate that is best for the first row, the paper's protocol; "own": each row at its own best
+    rate. A comparison has "row", "other", the paper's values and `paired` by both protocols."""
+    best, out = best_rates(losses, study, whole=False), {}
+    for model in study.models:
+        labels = study.rows_of(model)
+        tuned = best[model, labels[0]]
+        rates = {"tuned": dict.fromkeys(labels, tuned),
+                 "own": {row: best[model, row] for row in labels}}
+        found = {(protocol, row): by_seed(losses, model, row, rate)
+                 for protocol, of_row in rates.items() for row, rate in of_row.items()}
+        rows = {row: {protocol: describe(found[protocol, row], rates[protocol][row])
+                      for protocol in rates if found[protocol, row]} for row in labels}
+        comparisons = [{"row": row, "other": other, "paper": paper,
+                        **{protocol: paired(found[protocol, row], found[protocol, other])
+                           for protocol in rates if None not in (rates[protocol][row],
+                                                                 rates[protocol][other])}}
+                       for (row, other), paper in study.comparisons.items()
+                       if {row, other} <= set(labels)]
         out[model] = {"tuned_rate": tuned, "rows": rows, "comparisons": comparisons}
     return out
 
 
-def rows_of(study, spec):
-    """The labels of the rows that a model runs: all, or those it names."""
-    return list(spec.get("rows", study["rows"]))
-
-
-def tuning_seeds(scale):
-    """The seeds on which learning rates are chosen."""
-    return scale["seeds"][:scale.get("tuning_seeds", 1)]
+def describe(found, rate):
+    """Mean loss, seeds and diverged runs of a row at a rate. found {seed: loss}"""
+    mean = statistics.mean(found.values())
+    return {"learning_rate": rate, "loss": mean if math.isfinite(mean) else None,
+            "seeds": len(found), "diverged": sum(not math.isfinite(x) for x in found.values())}
 
 
 def verdict(paper, found):
-    """"agrees" or "differs" if the interval lies on one side of 0, the paper's or the other; else "cannot tell"."""
-    if not found or found["low"] is None or not paper:
-        return "cannot tell"
-    if found["low"] <= 0 <= found["high"]:
+    """"agrees" or "differs" if the interval lies on one side of 0, the paper's or the other; else
+    "cannot tell"."""
+    if not found or found["low"] is None or not paper or found["low"] <= 0 <= found["high"]:
         return "cannot tell"
     return "agrees" if (found["difference"] < 0) == (paper < 0) else "differs"
 
 
 def judge(rule, comparison):
-    """Does the comparison meet the rule: by its protocol and over all its seeds, the whole interval below 0 and the mean at least that far
-    below? "better", "does not count as better", or "not run with N seeds yet"."""
+    """Does a comparison satisfy the rule: by its protocol and over all its seeds, is the whole
+    interval below 0, and the mean at least that far below?"""
     found = comparison.get(rule["protocol"])
     if not found or found["seeds"] < rule["seeds"]:
         return f"not run with {rule['seeds']} seeds yet"
-    better = found["high"] is not None and found["high"] < 0 and found["difference"] <= -rule["at_least"]
+    low_enough = found["high"] is not None and found["high"] < 0
+    better = low_enough and found["difference"] <= -rule["at_least"]
     return "better" if better else "does not count as better"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # scaling
 
 def power_law(compute, loss):
-    """(a, b) of L = a C^-b: the least-squares line through (log C, log L). loss (sizes,), or (sizes, n) for n fits at once."""
+    """(a, b) of L = a C^-b: the least-squares line through (log C, log L)."""
     slope, intercept = np.polyfit(np.log(compute), np.log(loss), 1)
-    return np.exp(intercept), -slope
+    return float(np.exp(intercept)), float(-slope)
 
 
-def compute_multiplier(baseline, improved, compute):
-    """How many times `compute` the baseline's curve needs for the loss that the improved curve has at `compute`.
-    a_1 C'^-b_1 = a_2 C^-b_2, so C'/C = (a_1 / (a_2 C^-b_2))^(1/b_1) / C."""
-    (a1, b1), (a2, b2) = baseline, improved
-    return (a1 / (a2 * compute ** -b2)) ** (1 / b1) / compute
+def compute_multiplier(compute, losses, others):
+    """How many times the largest compute the curve of `others` needs for the loss that the curve of
+    `losses` has there: {"laws", "multiplier", "low", "high"}. One {seed: loss} a size.
+
+    With the fitted lines, C'/C = exp(g / b), b the exponent of `others` and g the difference of the
+    lines in log L at the largest C, a weighted sum of the differences at all sizes. Its interval
+    comes from all seeds of all sizes, paired; b is known far better than g, and is held fixed."""
+    seeds = [sorted(a.keys() & b.keys()) for a, b in zip(losses, others)]
+    laws = [power_law(compute, [statistics.mean(d[s] for s in shared)
+                                for d, shared in zip(side, seeds)]) for side in (others, losses)]
+    x = np.log(compute) - np.mean(np.log(compute))
+    weights = 1 / len(x) + x[np.argmax(x)] * x / (x @ x)  # of each size in the line's value there
+    groups = [[math.log(b[s] / a[s]) for s in shared]
+              for a, b, shared in zip(losses, others, seeds)]
+    bounds = [None if g is None else math.exp(g / laws[0][1])
+              for g in pooled(weights, groups).values()]
+    return {"laws": laws, **dict(zip(("multiplier", "low", "high"), bounds))}
 
 
-def bootstrap(compute, baseline, improved, seed=0):
-    """Percentile interval of the compute multiplier at the largest compute: seeds drawn anew with replacement, the same for both rows.
-    baseline, improved: one {seed: loss} a size. Returns {"baseline": (a, b), "improved": (a, b), "multiplier", "low", "high"}; None
-    if no seed is in all."""
-    seeds = sorted(set.intersection(*(set(d) for d in (*baseline, *improved))))
-    if not seeds:
-        return None
-    losses = [np.array([[d[s] for s in seeds] for d in side]) for side in (baseline, improved)]  # (sizes, seeds) each
-    draws = np.random.default_rng(seed).integers(len(seeds), size=(RESAMPLES, len(seeds)))
-
-    def multiplier(means):
-        laws = [power_law(compute, m) for m in means]
-        return laws, compute_multiplier(*laws, max(compute))
-
-    (first, second), value = multiplier([side.mean(1) for side in losses])
-    _, resampled = multiplier([side[:, draws].mean(2) for side in losses])
-    low, high = np.quantile(resampled, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)).tolist() if len(seeds) > 1 else (None, None)
-    return {"baseline": list(map(float, first)), "improved": list(map(float, second)), "multiplier": float(value), "low": low, "high": high}
-
-
-def fit_scaling(study, scale, losses, flops):
-    """The fits of a scaling study at the tuned rates, over the models for which both rows are there; None below two models, or
-    for a study that asks for none. flops: {model: FLOPs of a run}."""
-    if study["picture"] != "scaling" or len(study["rows"]) < 2:
-        return None
-    baseline_row, improved_row = list(study["rows"])[:2]
-    points = []
-    for model, found in summarize(study, scale, losses).items():
-        pair = [by_seed(losses, model, row, found["tuned_rate"]) for row in (baseline_row, improved_row)]
-        if pair[0].keys() & pair[1].keys() and all(math.isfinite(loss) for side in pair for loss in side.values()):
-            points.append((flops[model], *pair))
-    return bootstrap(*zip(*points)) if len(points) >= 2 else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text
-
-def interval(found):
-    """-0.0158 [-0.0201, -0.0115], the difference and its interval"""
-    if not found:
-        return ""
-    if found["difference"] is None:
-        return f"diverged ({found['diverged']} of {found['seeds']} seeds)"
-    return signed(found["difference"]) + (f" [{signed(found['low'])}, {signed(found['high'])}]" if found["low"] is not None else "")
-
-
-def paper_value(paper, model):
-    """The paper's number for a model: the one of its name, or the first; None if it gives none."""
-    return paper.get(model, next(iter(paper.values()), None))
-
-
-def table(results):
-    """The summary as Markdown: the losses of all rows, and the differences of those that are compared."""
-    lines, edges = ["| model | row | at the tuned rate | seeds | at its own best rate | seeds |", "| --- " * 6 + "|"], []
-    for model, found in results["results"].items():
-        rates = results["models"][model]["learning_rates"]
-        for row, protocols in found["rows"].items():
-            cells = []
-            for protocol, absent in (("tuned", "not run"), ("own", "")):
-                at = protocols.get(protocol)
-                cells += [loss_and_rate(at) + edge(at, rates), str(at["seeds"])] if at else [absent, ""]
-                edges += [at] if at and edge(at, rates) else []
-            lines.append(f"| {model} | {row} | {' | '.join(cells)} |")
-    if edges:
-        lines += ["", "\\* an end of its grid of rates, so perhaps not the best."]
-    compared = [(model, c) for model, found in results["results"].items() for c in found["comparisons"]]
-    if compared:
-        lines += ["", "| model | row | against | difference [95%], tuned rate | own best rates | the paper's | |",
-                  "| --- | --- | --- | --- | --- | --- | --- |"]
-    for model, c in compared:
-        paper = ", ".join(f"{signed(value)} ({where})" for where, value in c["paper"].items())
-        lines.append(f"| {model} | {c['row']} | {c['other']} | {interval(c.get('tuned'))} | {interval(c.get('own'))} | {paper} | "
-                     f"{verdict(paper_value(c['paper'], model), c.get('tuned')) if paper else ''} |")
-    if fit := results.get("fit"):
-        lines += ["", f"Fits L = a C^−b: b = {fit['baseline'][1]:.4f} for {list(results['rows'])[0]}, {fit['improved'][1]:.4f} for "
-                  f"{list(results['rows'])[1]}; compute multiplier at the largest size {multiplier(fit)}."]
-    return "\n".join(lines)
-
-
-def loss(found):
-    return f"{found['loss']:.4f}" if found["loss"] is not None else f"diverged ({found['diverged']} of {found['seeds']})"
-
-
-def loss_and_rate(found):
-    return f"{loss(found)} at {found['learning_rate']:g}"
-
-
-def edge(found, rates):
-    """A mark where the learning rate is the first or last of several."""
-    return " \\*" if len(rates) > 1 and found["learning_rate"] in (min(rates), max(rates)) else ""
-
-
-def signed(value):
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def multiplier(fit):
-    return f"{fit['multiplier']:.2f}" + (f" [{fit['low']:.2f}, {fit['high']:.2f}]" if fit["low"] is not None else "")
-
-
-MARKER = re.compile(r"<!-- study (\S+) (.*?) -->(.*?)<!-- end -->", re.DOTALL)
-
-
-def fill(text, folder=ROOT / "results"):
-    """The text with what stands between `<!-- study NAME_SCALE WHAT -->` and `<!-- end -->` written anew from results/NAME_SCALE.json.
-    WHAT: `table`; `multiplier`; `ROW: loss`, `ROW: own loss`; `ROW against OTHER: difference`, `: own difference`, `: verdict`,
-    `ROW against OTHER at RATE: difference`; before any of them `MODEL / `, where there are several.
-    A study that has no results yet says so."""
-    def write(match):
-        name, what = match[1], match[2]
-        if stats is None and what.endswith(": difference") and " at " in what:  # computed here, and the interval needs scipy
-            return match[0]
-        path = Path(folder) / f"{name}.json"
-        if not path.is_file():
-            return f"<!-- study {name} {what} -->not run yet<!-- end -->"
-        try:
-            value = quote(json.loads(path.read_text()), what)
-        except (KeyError, TypeError, AttributeError, StopIteration, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"{path} is not a study's results: take it from the repository, or run the study anew") from None
-        return f"<!-- study {name} {what} -->{value}<!-- end -->"
-    return MARKER.sub(write, text)
-
-
-def quote(results, what):
-    """One number of the results as it stands in a sentence, or the whole table. Raises ValueError if there is no such thing."""
-    if what == "table":
-        return f"\n\n{table(results)}\n\n"
-    if what == "multiplier":
-        return multiplier(results["fit"]) if results.get("fit") else "not run yet"
-    name, _, field = what.rpartition(": ")
-    model, slash, name = name.rpartition(" / ")
-    model = model if slash else next(iter(results["results"]))
-    found = results["results"].get(model, {"rows": {}, "comparisons": []})
-    pair, at, rate = name.rpartition(" at ")
-    if at and field == "difference":
-        row, _, other = pair.partition(" against ")
-        sides = [{r["seed"]: r["val_loss"] if r["state"] == "done" else math.inf for r in results["runs"]
-                  if (r["model"], r["row"], r["learning_rate"]) == (model, label, float(rate))} for label in (row, other)]
-        return interval(paired(*sides)) or "not run yet"
-    protocol = "own" if field.startswith("own ") else "tuned"
-    if name in found["rows"] and field in ("loss", "own loss"):
-        return loss(found["rows"][name][protocol]) if protocol in found["rows"][name] else "not run yet"
-    for c in found["comparisons"]:
-        if name == f"{c['row']} against {c['other']}" and field in ("difference", "own difference"):
-            return interval(c[protocol]) if c.get(protocol) else "not run yet"
-        if name == f"{c['row']} against {c['other']}" and field == "verdict" and c["paper"]:
-            return verdict(paper_value(c["paper"], model), c.get("tuned"))
-    raise ValueError(f"{results['study']} has no {what!r}: write `ROW: loss` or `ROW against OTHER: difference`, with rows as in its table")
+def fit_scaling(study, losses, flops):
+    """The scaling fits of every comparison at the tuned rates, over the models that have both rows:
+    `compute_multiplier` and "gain", the mean difference over sizes. [] for other studies, or below
+    two models. flops: {model: FLOPs of a run}."""
+    fits, best = [], best_rates(losses, study, whole=False)
+    for row, other in study.comparisons if study.picture == "scaling" else ():
+        points = []
+        for model in study.models:
+            rate = best[model, study.rows_of(model)[0]]
+            a, b = (by_seed(losses, model, r, rate) for r in (row, other))
+            if a.keys() & b.keys() and all(map(math.isfinite, (*a.values(), *b.values()))):
+                points.append((flops[model], a, b))
+        if len(points) > 1:
+            compute, a, b = zip(*points)
+            differences = [shared_differences(*pair) for pair in zip(a, b)]
+            fits.append({"row": row, "other": other, "sizes": len(points),
+                         "gain": pooled([1 / len(points)] * len(points), differences),
+                         **compute_multiplier(compute, a, b)})
+    return fits

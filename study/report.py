@@ -1,11 +1,13 @@
 """
-Draw runs: loss curves, how each scale vector moved, branch by branch, and the norms of the matrices.
+Draw runs: losses over steps and over time, and how each scale vector and matrix moved.
 
-  python -m study.report out/quickstart_baseline out/quickstart              writes the last run's report.png, prints a table
-  python -m study.report out/quickstart --out figures/quickstart.png
+  python -m study.report out/quickstart                           writes out/quickstart/report.png
+  python -m study.report out/baseline out/unified --out=both.png  compares runs
 
-Reads log.jsonl and summary.json of each run folder and nothing else. A last line that is half written, as a killed run leaves it, is
-passed over. Runs whose folders have one name are told apart by the folders above them.
+Reads log.jsonl and summary.json of each run folder. Where the log has them, it draws "alpha",
+the size of α, and "beta" of `scale` events; "update", the size of a step over the matrix's, of
+`matrix` events; "logit_scale" of `eval` events. Runs whose folders have one name are told apart by
+the folders above them.
 """
 import argparse
 import json
@@ -16,185 +18,217 @@ from pathlib import Path
 from lib.disk import write_whole
 
 COLUMNS, PIXELS, DPI = 4, 1000, 100
-NEEDED = {"train": ("step", "loss"), "eval": ("step", "val_loss"), "scale": ("step", "name", "mean", "std"),
-          "matrix": ("step", "name", "norm")}  # what is read of each event
+WINDOW = 50  # steps of the running mean of training losses, the same for all runs
+# what is read of each event
+LOGGED = {"train": ("step", "loss"), "eval": ("step", "tokens", "val_loss"),
+          "scale": ("step", "name", "mean", "std"), "matrix": ("step", "name", "norm")}
+# event, key, what the axis says
+SECTIONS = (("scale", "mean", "γ: mean ± std"), ("scale", "beta", "β"), ("scale", "alpha", "α"),
+            ("matrix", "norm", "norm / its start"), ("matrix", "update", "update / norm"))
 
 
-def read_log(run):
-    """{event: [record, ...]} of a run's log.jsonl. Raises ValueError, one line, on a line that is no record, but for an unfinished last."""
-    path, events = Path(run) / "log.jsonl", {}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {run} is no run folder of train.py")
-    text = path.read_bytes().decode(errors="replace")
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+def read_log(path):
+    """{event: [record, ...]} of a log.jsonl. A line that is no record, such as a last one that a
+    killed run wrote in part, is passed over."""
+    events = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
-            for key in NEEDED.get(record["event"], ()):
-                if not isinstance(record[key], str if key == "name" else (int, float, type(None))):  # KeyError if it is not there
-                    raise TypeError(key)
-            events.setdefault(record["event"], []).append(record)
+            if all(key in record for key in LOGGED[record["event"]]):
+                events.setdefault(record["event"], []).append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
-            if number == len(lines):  # no newline after it: it is still being written, or never was in full
-                break
-            raise ValueError(f"{path}, line {number}: not a log record") from None
+            continue
+    return events
+
+
+def log_of(run):
+    """{event: [record, ...]} of a run. Raises an error if it has no training step."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {run} is no run folder of train.py")
+    events = read_log(path)
     if not events.get("train"):
         raise ValueError(f"{path} has no training step yet")
     return events
 
 
 def names_of(runs):
-    """A name for each run: the end of its path, as long as it must be to differ from the others'. The same folder twice counts once."""
+    """{name: folder}: the end of each path, as long as it must be to differ from the others'. The
+    same folder twice counts once."""
     paths = list(dict.fromkeys(Path(run).resolve() for run in runs))
     names = {}
     for path in paths:
         length = 1
-        while any(other != path and other.parts[-length:] == path.parts[-length:] for other in paths):
+        while any(o != path and o.parts[-length:] == path.parts[-length:] for o in paths):
             length += 1
         names["/".join(path.parts[-length:])] = path
     return names
 
 
-def smooth(values, share=0.02):
-    """Running mean over a window of `share` of all values (None, a step that was not made, is left out)."""
-    width, window, out = max(1, int(share * len(values))), [], []
-    for value in values:
-        window = (window + [value])[-width:]
-        known = [v for v in window if v is not None]
+def smooth(values):
+    """Running mean over WINDOW values; None, a step that was not made, is left out."""
+    out = []
+    for end in range(1, len(values) + 1):
+        known = [v for v in values[max(0, end - WINDOW):end] if v is not None]
         out.append(sum(known) / len(known) if known else float("nan"))
     return out
 
 
-def finite(records):
-    """The records of scale or matrix events without those that hold a mean, a deviation or a norm that was not finite (None), and without
-    matrices of norm 0, which start nowhere."""
-    return [r for r in records if all(r.get(key, 0) is not None for key in ("mean", "std")) and r.get("norm", 1)]
-
-
-def layer_of(name):
-    """The layer in a name such as layers.3.attn.qkv.scale_in.q, or 0."""
+def split_name(name):
+    """("attn.q.weight", 3) of layers.3.attn.q.weight; what is in no layer counts as layer 0."""
     layer = re.match(r"layers\.(\d+)\.", name)
-    return int(layer[1]) if layer else 0
+    return name[layer.end() if layer else 0:], int(layer[1]) if layer else 0
 
 
-def by_branch(records):
-    """{branch and side: {layer: [record, ...]}} from names such as layers.3.attn.qkv.scale_in.q or head.scale_in.head."""
+def curves(records, key):
+    """{name within a layer: {layer: [(step, value, half a band), ...]}} of the records in which the
+    key is a number. The band is one standard deviation of γ; a norm is divided by its first."""
     out = {}
     for record in records:
-        side, _, branch = re.sub(r"^layers\.\d+\.", "", record["name"]).rpartition(".")
-        label = f"{branch} {'in' if side.endswith('scale_in') else 'out'}" if "scale_" in side else side.rpartition(".")[2]
-        out.setdefault(label, {}).setdefault(layer_of(record["name"]), []).append(record)
+        if record.get(key) is not None and record.get("std", 0) is not None:
+            label, layer = split_name(record["name"])
+            band = record["std"] if key == "mean" else 0.0
+            points = out.setdefault(label, {}).setdefault(layer, [])
+            points.append((record["step"], record[key], band))
+    for layers in out.values() if key == "norm" else ():
+        for layer, points in layers.items():
+            start = points[0][1]  # a matrix that starts at 0 has no relative norm
+            layers[layer] = [(s, v / start, b) for s, v, b in points] if start else []
     return out
 
 
-def by_matrix(records):
-    """{"‖W_q‖": {layer: [record, ...]}} of the matrix events."""
-    out = {}
-    for record in records:
-        parts = record["name"].split(".")
-        branch = parts[-1] if parts[-1] != "weight" else parts[-2]
-        out.setdefault(f"‖W_{branch}‖", {}).setdefault(layer_of(record["name"]), []).append(record)
-    return out
+def seconds_at(run, log, steps):
+    """Seconds of training at these steps, at the run's mean speed; None if that is not known."""
+    speed = (read_summary(run) or log["train"][-1]).get("tokens_per_s")
+    tokens = {r["step"]: r.get("tokens") for r in log.get("eval", [])}
+    if not speed or None in tokens.values():
+        return None
+    return [tokens[step] / speed for step in steps]
 
 
-def draw_losses(axis, logs):
+def draw_losses(axes, logs, runs):
+    """Losses over steps; validation losses over time; the logits' scale, if the log has it."""
     for color, (name, log) in enumerate(logs.items()):
-        axis.plot([r["step"] for r in log["train"]], smooth([r["loss"] for r in log["train"]]), color=f"C{color}", alpha=0.5, linewidth=1)
+        steps, losses = zip(*((r["step"], r["loss"]) for r in log["train"]))
+        axes[0].plot(steps, smooth(losses), color=f"C{color}", alpha=0.5, linewidth=1)
         evals = [r for r in log.get("eval", []) if r["val_loss"] is not None]
         final = f", {evals[-1]['val_loss']:.4f} at the end" if evals else ""
-        axis.plot([r["step"] for r in evals], [r["val_loss"] for r in evals], "o-", color=f"C{color}", markersize=3, label=f"{name}{final}")
-    tail = [r["loss"] for log in logs.values() for r in log["train"][len(log["train"]) // 10:] if r["loss"] is not None]
-    if tail:
+        steps, losses = [r["step"] for r in evals], [r["val_loss"] for r in evals]
+        style = {"color": f"C{color}", "markersize": 3, "label": f"{name}{final}"}
+        axes[0].plot(steps, losses, "o-", **style)
+        if seconds := seconds_at(runs[name], log, steps):
+            axes[1].plot(seconds, losses, "o-", **style)
+        if len(axes) > 2:
+            scales = [(r["step"], r["logit_scale"]) for r in evals if r.get("logit_scale")]
+            axes[2].plot(*(zip(*scales) if scales else ([], [])), "o-", **style)
+    tail = [r["loss"] for log in logs.values() for r in log["train"][len(log["train"]) // 10:]
+            if r["loss"] is not None]
+    for axis, words in zip(axes, ("step", "seconds of training, at the mean speed", "step")):
+        axis.set_xlabel(words, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[:2] if tail else ():
         axis.set_ylim(min(tail) - 0.05, max(tail) + 0.05)
-    axis.set(xlabel="step", ylabel="loss (nats per token)", title="validation loss (dots), and training loss as a running mean")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss (nats per token)", fontsize=8)
+    axes[0].set_title(f"validation (dots), training (mean of {WINDOW} steps)", fontsize=8)
+    axes[1].set_title("validation over time", fontsize=8)
+    if len(axes) > 2:
+        axes[2].set_title("scale of the logits", fontsize=8)
 
 
-def draw_panels(plt, figure, grid, name, panels, limits, band):
-    """Panels of one run, at most COLUMNS a row, all with the same axes. band: mean ± std of γ; otherwise a norm relative to its start."""
-    for place, (branch, layers) in enumerate(panels.items()):
-        axis = figure.add_subplot(grid[place // COLUMNS, place % COLUMNS])
-        for layer, records in sorted(layers.items()):
-            color = plt.cm.viridis(layer / max(layers) if max(layers) else 0.0)
-            steps = [r["step"] for r in records]
-            if band:
-                mean, std = ([r[key] for r in records] for key in ("mean", "std"))
-                axis.plot(steps, mean, color=color, linewidth=1)
-                axis.fill_between(steps, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], color=color, alpha=0.12)
-            else:
-                axis.plot(steps, [r["norm"] / records[0]["norm"] for r in records], color=color, linewidth=1)
-        axis.set_title(branch, fontsize=8, pad=2)
-        axis.set(xlim=limits[0], ylim=limits[1])
-        axis.tick_params(labelsize=7, labelleft=place % COLUMNS == 0, labelbottom=place + COLUMNS >= len(panels))
-        axis.axhline(1, color="gray", linewidth=0.5)
-        if place % COLUMNS == 0:
-            axis.set_ylabel("γ: mean ± std" if band else "norm / its start", fontsize=7)
-        if place == 0:
-            heading = axis.annotate(name, (0, 1), (0, 13), xycoords="axes fraction", textcoords="offset points", fontsize=9, weight="bold")
-            heading.set_in_layout(False)  # the panel does not widen with it
+def draw_section(figure, heading, words, panels, limits):
+    """A run's panels of one kind, at most COLUMNS a row, all with the same axes; a line a layer."""
+    from matplotlib import pyplot as plt
+    figure.suptitle(heading, fontsize=9, weight="bold", x=0.01, horizontalalignment="left")
+    rows = -(-len(panels) // COLUMNS)
+    axes = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
+    for axis, (label, layers) in zip(axes.flat, panels.items()):
+        for layer, points in sorted(layers.items()):
+            color = plt.cm.viridis(layer / max(1, *layers))
+            steps, values, bands = zip(*points) if points else ([], [], [])
+            axis.plot(steps, values, color=color, linewidth=1)
+            axis.fill_between(steps, [v - b for v, b in zip(values, bands)],
+                              [v + b for v, b in zip(values, bands)], color=color, alpha=0.12)
+        axis.set_title(label, fontsize=7, pad=2)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set(xlim=limits[0], ylim=limits[1])
+    for row in axes:
+        row[0].set_ylabel(words, fontsize=7)
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
 
 
-def limits_of(groups, band):
-    """((first step, last), (lowest value, highest)) over the panels of all runs, so that they can be compared at a glance."""
-    steps, values = [], []
-    for panels in groups:
-        for layers in panels.values():
-            for records in layers.values():
-                steps += [r["step"] for r in records]
-                for r in records:
-                    values += [r["mean"] - r["std"], r["mean"] + r["std"]] if band else [r["norm"] / records[0]["norm"]]
-    low, high = min([1, *values]), max([1, *values])
-    return (min(steps), max([*steps, min(steps) + 1])), (low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
+def limits_of(groups):
+    """((first step, last), (lowest value, highest)) over the panels of all runs."""
+    points = [p for panels in groups for layers in panels.values()
+              for of_layer in layers.values() for p in of_layer] or [(0, 1.0, 0.0)]
+    steps = [step for step, _, _ in points]
+    low, high = min(v - b for _, v, b in points), max(v + b for _, v, b in points)
+    margin = 0.05 * (high - low) + 0.01
+    return (min(steps), max(*steps, min(steps) + 1)), (low - margin, high + margin)
 
 
 def report(runs, path):
-    """Write the picture of the runs to `path`: losses on top, then for each run a panel for each branch's γ, then one for each matrix; a
-    line a layer. At most PIXELS wide."""
+    """Write the picture of the runs: losses on top, then a block for each run and kind."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    logs = {name: read_log(run) for name, run in names_of(runs).items()}
-    blocks = []  # (name, panels, limits, band)
-    for event, split, band in (("scale", by_branch, True), ("matrix", by_matrix, False)):
-        groups = {name: panels for name, log in logs.items() if (panels := split(finite(log.get(event, []))))}
-        if groups:
-            limits = limits_of(groups.values(), band)
-            blocks += [(f"{name}: {'scale vectors' if band else 'matrices'}", panels, limits, band) for name, panels in groups.items()]
-    heights = [3.6, *(0.5 + 1.25 * -(-len(panels) // COLUMNS) for _, panels, _, _ in blocks)]
-    figure = plt.figure(figsize=(PIXELS / DPI, sum(heights) + 0.4), layout="constrained")
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    draw_losses(figure.add_subplot(grid[0]), logs)
-    for place, (name, panels, limits, band) in enumerate(blocks, 1):
-        draw_panels(plt, figure, grid[place].subgridspec(-(-len(panels) // COLUMNS), COLUMNS), name, panels, limits, band)
+    folders = names_of(runs)
+    logs = {name: log_of(run) for name, run in folders.items()}
+    blocks = []
+    for event, key, words in SECTIONS:
+        groups = {name: curves(log.get(event, []), key) for name, log in logs.items()}
+        limits = limits_of(groups.values())
+        blocks += [(f"{name}: {words}", words, panels, limits)
+                   for name, panels in groups.items() if panels]
+    heights = [3.6, *(0.5 + 1.35 * -(-len(panels) // COLUMNS) for _, _, panels, _ in blocks)]
+    figure = plt.figure(figsize=(PIXELS / DPI, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    has_scale = any("logit_scale" in r for log in logs.values() for r in log.get("eval", []))
+    axes = parts[0].subplots(1, 3 if has_scale else 2)
+    draw_losses(axes, logs, folders)
+    handles = axes[0].get_legend_handles_labels()
+    parts[0].legend(*handles, loc="outside lower center", ncol=2, fontsize=8, frameon=False)
+    for part, block in zip(parts[1:], blocks):
+        draw_section(part, *block)
     if blocks:
         figure.supxlabel("step; a line is a layer, dark the first, bright the last", fontsize=8)
-    kind = Path(path).suffix[1:] or "png"
-    write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format=kind))
+    write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format=Path(path).suffix[1:] or "png"))
     plt.close(figure)
 
 
+def read_summary(run):
+    """A run's summary.json; None if the run has not finished."""
+    path = Path(run) / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return {key: summary[key] for key in ("val_loss", "val_bpb", "params", "scale_params",
+                                              "tokens", "tokens_per_s")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path} is not what train.py leaves at the end of a run: leave this run "
+                         "out, or run it anew") from None
+
+
 def table(runs):
-    """One line a run: what it ended with. Raises ValueError, one line, if a summary.json is not train.py's."""
+    """One line a run: what it ended with."""
     names = names_of(runs)
     width = max(3, *map(len, names))
-    lines = [f"{'run':<{width}} {'val_loss':>10} {'bits/byte':>9} {'params':>13} {'scale':>9} {'tokens':>14} {'tokens/s':>9}"]
+    lines = [f"{'run':<{width}} {'val_loss':>10} {'bits/byte':>9} {'params':>13} {'scale':>9} "
+             f"{'tokens':>14} {'tokens/s':>9}"]
     for name, run in names.items():
-        path = run / "summary.json"
-        if not path.is_file():
+        s = read_summary(run)
+        if s is None:
             lines.append(f"{name:<{width}} not finished")
             continue
-        try:
-            s = json.loads(path.read_text())
-            loss = "not finite" if s["val_loss"] is None else f"{s['val_loss']:.4f}"
-            bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"
-            lines.append(f"{name:<{width}} {loss:>10} {bpb:>9} {s['params']:>13,} {s['scale_params']:>9,} "
-                         f"{s['tokens']:>14,} {s['tokens_per_s']:>9,.0f}")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path} is not what train.py leaves at the end of a run: leave this run out, or run it anew") from None
+        loss = "not finite" if s["val_loss"] is None else f"{s['val_loss']:.4f}"
+        bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"
+        lines.append(f"{name:<{width}} {loss:>10} {bpb:>9} {s['params']:>13,} "
+                     f"{s['scale_params']:>9,} {s['tokens']:>14,} {s['tokens_per_s']:>9,.0f}")
     return "\n".join(lines)
 
 
@@ -202,11 +236,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m study.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--out", help="the picture to write (default: report.png in the last run's folder)")
+    parser.add_argument("--out", help="the picture to write (of one run: its report.png)")
     args = parser.parse_args(argv)
+    if len(args.runs) > 1 and not args.out:
+        parser.error("a picture of several runs needs a place: --out=PICTURE.png")
     try:
         print(table(args.runs))
-        out = args.out or Path(args.runs[-1]) / "report.png"
+        out = args.out or Path(args.runs[0]) / "report.png"
         report(args.runs, out)
         print(f"wrote {out}")
     except (ValueError, OSError) as error:

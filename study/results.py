@@ -1,101 +1,147 @@
 """
-What a study leaves: one JSON of summaries and evaluation curves, small enough to commit, and a picture.
+What a study leaves: one JSON of summaries and evaluation curves, small enough to commit, and a
+picture beside it.
 
-  collect          the JSON's contents, from the runs that there are
-  worth, runs_in   the runs that a JSON holds, and what of each, so that a poorer one does not take its place
-  has_intervals    does a JSON hold intervals, which one made without scipy has not
+  load_records     the runs that the results JSONs of a folder hold; they count as done
+  collect          the contents of a study's JSON, from runs and from what the JSON held before
   write_results    both files, and the table on the screen
 """
 import json
 import math
-import platform
-import re
+from dataclasses import asdict
+from pathlib import Path
 
-from lib.config import load_config, meta_model, tokens_per_step
+from lib.config import meta_model, tokens_per_step
 from lib.disk import write_whole
-from study import evidence
-from study.evidence import fit_scaling, judge, summarize, table, tuning_seeds
-from study.runs import ROOT
+from study.evidence import fit_scaling, judge, summarize
+from study.plan import Cell, config_of
+from study.report import read_log
+from study.runs import NUMBERS, code, digest
+from study.tables import table
 
 
-def collect(study, scale, scale_name, losses, runs, command):
-    """What the results' JSON holds: the study's names, summary and fits, and each run with its evaluation curve. losses {cell: loss},
-    runs {cell: Run} of all that the plan needs."""
-    records, made_by = [], []
+def load_results(path):
+    """The dict of a results JSON; {} if there is none. Raises ValueError on anything else."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        for run in results["runs"]:
+            cell_of(run), run["state"], run["curve"]
+        return results
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} does not hold a study's results: move it away, or give another "
+                         "--results") from None
+
+
+def load_records(folder, with_norms=False):
+    """{digest of settings: [run, ...]} of all results JSONs in a folder. with_norms: only runs that
+    have the norms of matrices."""
+    records = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            runs = load_results(path)["runs"]
+        except ValueError:
+            continue  # of another tool
+        for run in runs:
+            if "settings" in run and ("norms" in run or not with_norms):
+                records.setdefault(run["settings"], []).append(run)
+    return records
+
+
+def cell_of(record):
+    return Cell(record["model"], record["row"], record["learning_rate"], record["seed"],
+                record.get("tuning", False))
+
+
+def cells_before(before, study, find):
+    """The cells of a study's earlier JSON. Raises ValueError if one is no run of the study as it is
+    now, so that nothing is lost or mixed. find: cell -> Run."""
+    cells = [cell_of(record) for record in before.get("runs", ())]
+    for cell, record in zip(cells, before.get("runs", ())):
+        known = cell.model in study.models and cell.row in study.rows_of(cell.model)
+        if not known or record.get("settings") != digest(find(cell).settings):
+            raise ValueError(f"results/{study.name} hold a run of {cell.row!r} ({cell.model}) with "
+                             "other settings: move them away, or give another --results or --name")
+        if find(cell).data not in ("", record.get("data")):
+            raise ValueError(f"results/{study.name} hold runs on other data than this machine has "
+                             "(the standard library of another Python?): give another --results")
+    return cells
+
+
+def losses_of(runs):
+    """{cell: terminal validation loss, infinite if it diverged} of the runs that have ended."""
+    losses = {}
     for cell, run in runs.items():
-        if run.state not in ("done", "diverged"):
-            continue
-        record = dict(zip(("model", "row", "learning_rate", "seed"), cell), state="done" if math.isfinite(losses[cell]) else "diverged")
-        if record["state"] == "done":
-            summary = run.summary()
-            record |= {key: summary[key] for key in ("val_loss", "steps", "tokens", "params", "scale_params")}
-            record["seconds"] = round(summary["seconds"])
-        record |= curves(run.folder / "log.jsonl", study.get("matrices"))
-        records.append(record)
-        made_by.append(run.made_by())
-    def said(what):
-        return sorted({m[what] for m in made_by if what in m})
-
-    flops = {model: flops_of(spec) for model, spec in scale["models"].items()}
-    models = {model: {**spec, "flops": flops[model]} for model, spec in scale["models"].items()}
-    return {"study": study["name"], "title": study["title"], "question": study["question"], "scale": scale_name, "command": command,
-            "devices": said("device"), "torch": said("torch"), "code": said("code"),
-            "python": platform.python_version(), "picture": study["picture"], "panels": study.get("panels") or [list(study["rows"])],
-            "rows": study["rows"], "seeds": list(scale["seeds"]), "tuning_seeds": list(tuning_seeds(scale)), "models": models,
-            "missing": len(runs) - len(records), "rule": study.get("rule"), "results": summarize(study, scale, losses),
-            "fit": fit_scaling(study, scale, losses, flops), "runs": records}
+        if run.has_ended:
+            loss = run.summary()["val_loss"] if run.state == "done" else None
+            losses[cell] = math.inf if loss is None else loss
+    return losses
 
 
-def flops_of(spec):
+def record_of(cell, run, loss, matrices):
+    """What the JSON holds of a run."""
+    record = {**{key: value for key, value in cell._asdict().items() if key != "tuning" or value},
+              "state": "done" if math.isfinite(loss) else "diverged",
+              "settings": digest(run.settings), "code": run.made_by().get("code", ""),
+              "data": run.record["data"] if run.is_recorded else run.data}
+    if run.is_recorded:
+        return {**run.record, **record}
+    if record["state"] == "done":
+        summary = run.summary()
+        record |= {"val_loss": summary["val_loss"], **{key: summary[key] for key in NUMBERS}}
+        record["seconds"] = round(summary["seconds"])
+    return record | curves(run.folder / "log.jsonl", matrices)
+
+
+def collect(study, scale, runs, planned, command, before):
+    """What the JSON of a study holds. runs {cell: Run}; planned: the cells that the study needs."""
+    losses = losses_of(runs)
+    records = [record_of(cell, runs[cell], loss, study.matrices) for cell, loss in losses.items()]
+    made_by = [run.made_by() for cell, run in runs.items() if cell in losses]
+    sets = {name: sorted({*before.get(name, ()), *(m[key] for m in made_by if m.get(key))})
+            for name, key in (("devices", "device"), ("torch", "torch"))}
+    flops = {name: flops_of(study, model) for name, model in study.models.items()}
+    models = {name: {key: value for key, value in {**asdict(model), "flops": flops[name]}.items()
+                     if value not in ((), {}) or key == "keys"}
+              for name, model in study.models.items()}
+    return {"study": study.name, "title": study.title, "question": study.question, "scale": scale,
+            "command": command, **sets, "code": sorted({r["code"] for r in records} - {""}),
+            "picture": study.picture, "panels": study.panels,
+            "rows": study.rows, "seeds": list(study.seeds), "tuning_seeds": study.tuning_seeds,
+            "steps": study.steps, "models": models, "rule": study.rule, "costs": study.costs,
+            "missing": len(set(planned) - losses.keys()), "results": summarize(study, losses),
+            "fits": fit_scaling(study, losses, flops), "runs": records}
+
+
+def flops_of(study, model):
     """Floating-point operations of one run of a model."""
-    config = load_config([str(ROOT / spec["config"]), *(f"--{k}={v}" for k, v in spec["keys"].items())])
+    keys = {**model.keys, **({"max_iters": study.steps, "warmup_iters": 1} if study.steps else {})}
+    config = config_of(model.config, keys)
     return meta_model(config).flops_per_token() * config.max_iters * tokens_per_step(config)
 
 
 def curves(log, matrices):
-    """{"curve": [[tokens, validation loss], ...]}, and of the matrices whose names start with `matrices` {"norms": {name: [[step, norm]]}}.
-    A line that is no record is passed over, and so is a norm that was not finite; such a loss is None."""
-    curve, norms = [], {}
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
-        try:
-            record = json.loads(line)
-            if record["event"] == "eval":
-                loss = record["val_loss"]
-                curve.append([record["tokens"], None if loss is None else round(loss, 5)])
-            elif record["event"] == "matrix" and matrices and record["name"].startswith(matrices) and record["norm"] is not None:
-                norms.setdefault(record["name"], []).append([record["step"], round(record["norm"], 4)])
-        except (ValueError, KeyError, TypeError):
-            continue
+    """{"curve": [[tokens, validation loss], ...]}, and for matrices = (start, branches) {"norms":
+    {branch: [[step, norm], ...]}} of the matrices whose names start so and have such a part. A
+    norm that was not finite is left out; such a loss is None."""
+    events, norms = read_log(log), {}
+    curve = [[r["tokens"], None if r["val_loss"] is None else round(r["val_loss"], 5)]
+             for r in events.get("eval", ())]
+    for r in events.get("matrix", ()) if matrices else ():
+        branch = set(r["name"].split(".")) & set(matrices[1])
+        if branch and r["name"].startswith(matrices[0]) and r["norm"] is not None:
+            norms.setdefault(branch.pop(), []).append([r["step"], round(r["norm"], 4)])
     return {"curve": curve, **({"norms": norms} if norms else {})}
 
 
 def as_text(results):
     """The results as JSON with one run a line, so that a commit shows which runs are new."""
-    head = json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=1, ensure_ascii=False)
-    runs = ",\n".join(json.dumps(run, separators=(",", ":")) for run in results["runs"])
-    return f'{head[:-2]},\n "runs": [\n{runs}\n]\n}}\n'
-
-
-def worth(runs):
-    """{(model, row, learning rate, seed): (is it done, its steps, the points of its curve)} of a JSON's runs."""
-    return {(run["model"], run["row"], run["learning_rate"], run["seed"]): (run["state"] == "done", run.get("steps", 0), len(run["curve"]))
-            for run in runs}
-
-
-def runs_in(path):
-    """The worth of the runs that a results JSON holds; empty if there is none. Raises ValueError, one line, on a file that is no study's
-    results."""
-    try:
-        return worth(json.loads(path.read_text())["runs"])
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is not a study's results: move it away, or give another --results") from None
-
-
-def has_intervals(path):
-    """Does a results JSON hold t-intervals? It was made with scipy then."""
-    return path.is_file() and re.search(r'"low": -?[0-9]', path.read_text()) is not None
+    head = {key: value for key, value in results.items() if key != "runs"}
+    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+    runs = ",\n".join(json.dumps(r, separators=(",", ":"), ensure_ascii=False)
+                      for r in results["runs"])
+    return f'{text},\n "runs": [\n{runs}\n]\n}}\n'
 
 
 def write_results(results, path):
@@ -107,13 +153,13 @@ def write_results(results, path):
         print(f"the rule: {results['rule']['says']}")
         for c in found["comparisons"]:
             print(f"  {c['row']} against {c['other']}: {judge(results['rule'], c)}")
-    if results["missing"]:
-        print(f"{results['missing']} runs or more are missing: the same command runs them")
+    earlier = dict.fromkeys(run["row"] for run in results["runs"] if run["code"] != code())
+    if earlier:
+        print(f"made by earlier code: {', '.join(earlier)}. If a change in norms.py, model.py or "
+              "optim.py matters to a row, --redo ROW makes it anew")
     try:
         from study.pictures import draw
         draw(results, path.with_suffix(".png"))
         print(f"wrote {path} and {path.with_suffix('.png').name}")
     except ImportError:
         print(f"wrote {path}; the picture needs matplotlib: pip install matplotlib")
-    if evidence.stats is None:
-        print("the intervals need scipy: pip install scipy, and run the same command again")

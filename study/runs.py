@@ -1,14 +1,17 @@
 """
-Runs as subprocesses of their own: one folder each, found again by its settings, interrupted and resumed, never destroyed.
+Runs as processes of their own: one folder each, found again by its settings, interrupted and
+resumed, never destroyed.
 
-  Run         one setting of train.py: command line, settings, the folder that holds it or will
-  RunFolders  which settings already have a folder under out/studies/<scale>
-  Pool        start runs, so many at once; collect how each ended; end them all on Ctrl-C
+  settings_of   what of a configuration decides what a run finds; digest is its hash
+  Run           one setting of train.py, and the folder that holds it or will
+  RunFolders    the folders under out/studies/<scale> and the runs that results/*.json hold
+  Pool          start runs, so many at once; collect how each ended; end them all on Ctrl-C
 
-A folder is recognized by what its config.json says, not by its name: rows that two studies share run once, a new key of train.py with
-a default value changes nothing, and a run that someone continued to more steps is another run, which stays as it is.
+A folder is recognized by what its config.json says, not by its name: rows that two studies share
+run once, and a run that someone continued to more steps is another run, which stays as it is.
 """
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -19,29 +22,59 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from lib.config import FIELDS, flat, load_config
+from lib.config import FIELDS, flat
 from lib.disk import write_whole
+from study.plan import ROOT, config_of
 
-ROOT = Path(__file__).resolve().parent.parent
-# keys that change what a run says, not what it finds; tokens_per_param is in max_iters
-NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens",
-                "sample_prompt", "wandb_project", "dist_timeout", "tokens_per_param"}
-CODE = ("norms.py", "model.py", "optim.py", "train.py", "lib/data.py")
+# keys that change what a run prints, not what it finds; tokens_per_param is in max_iters
+NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints",
+                "log_interval", "sample_tokens", "sample_prompt", "wandb_project", "dist_timeout",
+                "tokens_per_param"}
+RENAMED = {"eval_iters": ("eval_windows", 8)}  # a former key: its name now, and now / then
+CODE = ("norms.py", "model.py", "optim.py")
+NUMBERS = ("steps", "tokens", "params", "scale_params", "seconds")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 
-def settings_of(config):
-    """{key: value} of all that decides what a run finds."""
-    return {key: value for key, value in flat(config).items() if key not in NOT_SETTINGS}
+def in_todays_keys(values):
+    """{key: value} with each former key under its present name. Keys that are gone do no harm."""
+    now = dict(values)
+    for key, (name, factor) in RENAMED.items():
+        if key in now:
+            now[name] = factor * now.pop(key)
+    return now
+
+
+DEFAULTS = in_todays_keys({key: f.default for key, f in FIELDS.items() if key not in NOT_SETTINGS})
+
+
+def settings_of(values):
+    """{key: value} of what decides what a run finds: every key whose value is not the default. So a
+    key that was added later, or that is gone, changes nothing for a run without it."""
+    values = in_todays_keys(values)
+    return {key: values[key] for key in sorted(DEFAULTS)
+            if key in values and values[key] != DEFAULTS[key]}
+
+
+def digest(settings):
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def code():
-    """A hash of the files that decide what a run finds: a run made before they changed may not be what they would give now."""
+    """A hash of the files that decide what a row is: after a change in them a run made before may
+    not be what the same keys would give now."""
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in CODE)).hexdigest()[:12]
+
+
+def data_of(dataset):
+    """A hash of a dataset's shards; "" where it is not on this machine."""
+    splits = read_json(ROOT / Path(dataset).expanduser() / "meta.json").get("splits")
+    return digest(splits) if splits else ""
 
 
 def device_name():
@@ -49,138 +82,176 @@ def device_name():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return re.search(r"model name\s*:\s*(.+)", cpuinfo)[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
 
 
 def gpu_for(slot, count, visible):
-    """Which of `count` GPUs the slot-th run gets, as CUDA_VISIBLE_DEVICES writes it. visible: that variable here, such as "4,5"."""
-    gpus = [gpu.strip() for gpu in visible.split(",") if gpu.strip()] or list(map(str, range(count)))
+    """The GPU of `count` that the slot-th run gets, as CUDA_VISIBLE_DEVICES writes it. visible: the
+    value of that variable here, such as "4,5"."""
+    gpus = [g.strip() for g in visible.split(",") if g.strip()] or list(map(str, range(count)))
     return gpus[slot % len(gpus)]
 
 
-class Run:
-    """One setting of train.py: arguments, the settings they resolve to, and its folder."""
+def read_json(path):
+    """The dict that a JSON file holds; {} if there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
-    def __init__(self, label, arguments, settings, folder):
-        self.label, self.arguments, self.settings, self.folder = label, arguments, settings, folder
+
+@dataclass
+class Run:
+    """One setting of train.py. record: what results/*.json hold of it, where no folder does."""
+    arguments: list
+    settings: dict
+    folder: Path
+    record: dict = field(default_factory=dict)
 
     @property
     def state(self):
         """"done", "diverged", "interrupted" or "missing"."""
-        if (self.folder / "summary.json").is_file():
-            return "done"
-        if (self.folder / "diverged.txt").is_file():
-            return "diverged"
-        return "interrupted" if (self.folder / "config.json").is_file() else "missing"
+        if not self.is_recorded:
+            for name, state in (("summary.json", "done"), ("diverged.txt", "diverged"),
+                                ("config.json", "interrupted")):
+                if (self.folder / name).is_file():
+                    return state
+        return self.record.get("state", "missing")
+
+    @property
+    def is_recorded(self):
+        """Is the run's result only in results/*.json, with no folder that has ended?"""
+        ended = ((self.folder / name).is_file() for name in ("summary.json", "diverged.txt"))
+        return bool(self.record) and not any(ended)
+
+    @property
+    def data(self):
+        return data_of(self.settings.get("dataset", DEFAULTS["dataset"]))
+
+    @property
+    def has_ended(self):
+        return self.state in ("done", "diverged")
 
     def summary(self):
-        """The summary.json of a finished run. Raises ValueError, one line, if it is not what train.py leaves."""
-        try:
-            summary = json.loads((self.folder / "summary.json").read_text())
-            numbers = [summary[key] for key in ("steps", "tokens", "params", "scale_params", "seconds")]
-            if all(isinstance(n, (int, float)) for n in (*numbers, summary["val_loss"] or 0)):
-                return summary
-        except (ValueError, KeyError, TypeError, RecursionError):
-            pass
-        raise ValueError(f"{self.folder / 'summary.json'} is not what train.py leaves at the end of a run: move {self.folder} away")
+        """What a finished run ended with. Raises ValueError if it is not what train.py leaves."""
+        if self.is_recorded:
+            return self.record
+        path = self.folder / "summary.json"
+        summary = read_json(path)
+        values = [summary.get(key) for key in NUMBERS] + [summary.get("val_loss", "") or 0]
+        if not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError(f"{path} is not what train.py leaves at the end of a run: "
+                             f"move {self.folder} away")
+        return summary
 
     def made_by(self):
-        """What made_by.json says of the run's command, device and versions; {} without one."""
-        try:
-            return dict(json.loads((self.folder / "made_by.json").read_text()))
-        except (OSError, ValueError, TypeError, RecursionError):
-            return {}
+        """The run's command, device, versions and code, as far as they are known."""
+        if self.is_recorded:
+            return {"code": self.record["code"]}
+        return read_json(self.folder / "made_by.json")
 
 
 class RunFolders:
-    """The run folders under one folder, by their settings."""
+    """The runs under one folder, by their settings. records {digest of settings: [run of a results
+    JSON, ...]}: these count as done where no folder holds them."""
 
-    def __init__(self, out):
-        self.out, self.known, self.cache = Path(out), {}, {}
+    def __init__(self, out, records=None):
+        self.out, self.records, self.folders, self.given = Path(out), records or {}, {}, {}
         for path in sorted(self.out.glob("*/config.json")):
-            key = self.held(path.parent)
-            if key and (key not in self.known or (path.parent / "summary.json").is_file()):  # of two copies, the finished one
-                self.known[key] = path.parent
-        self.taken = set(self.known.values())
+            self.folders.setdefault(self.held(path.parent), []).append(path.parent)
 
     @staticmethod
-    def key(settings):
-        return json.dumps(settings, sort_keys=True)
+    def held(folder):
+        """The digest of the run that a folder holds; None if it holds none."""
+        stored = read_json(folder / "config.json")
+        return digest(settings_of(stored)) if stored else None
 
-    def held(self, folder):
-        """The key of the run that a folder holds; None if it holds none."""
-        try:
-            stored = json.loads((folder / "config.json").read_text())
-            return self.key({k: stored.get(k, field.default) for k, field in FIELDS.items() if k not in NOT_SETTINGS})
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return None
-
-    def find(self, label, config_file, keys):
-        """The Run of these keys on top of this config file: in the folder that holds it, or in a new one that nothing else has.
-        Raises ValueError, one line, if train.py would refuse the keys."""
+    def find(self, label, config_file, keys, made_by=None):
+        """The Run of these keys on top of a config file: in the folder that holds it, or in a new
+        one. made_by: a hash of code; only a run that this code made from start to end counts."""
         arguments = [config_file, *(f"--{k}={v}" for k, v in keys.items())]
-        if tuple(arguments) not in self.cache:
-            path = config_file if Path(config_file).is_absolute() else str(ROOT / config_file)
-            settings = settings_of(load_config([path, *arguments[1:]]))
-            key = self.key(settings)
-            if key not in self.known:
-                self.known[key] = self.free(label, f"{settings['learning_rate']:g}", settings["seed"], key)
-            self.cache[tuple(arguments)] = Run(label, arguments, settings, self.known[key])
-        return self.cache[tuple(arguments)]
+        settings = settings_of(flat(config_of(config_file, keys)))
+        key = digest(settings)
+        if (key, made_by) not in self.given:
+            def rank(folder):
+                return (folder / "summary.json").is_file(), self.stamp(folder) == code()
+            fit = [f for f in self.folders.get(key, []) if made_by in (None, self.stamp(f))]
+            folder = max(fit, key=rank) if fit else self.free(label, keys, key, made_by)
+            self.given[key, made_by] = run = Run(arguments, settings, folder)
+            records = [r for r in self.records.get(key, []) if made_by in (None, r["code"])
+                       and run.data in ("", r["data"])]
+            run.record = max(records, key=lambda r: r["code"] == code(), default={})
+        return self.given[key, made_by]
 
-    def free(self, label, rate, seed, key):
-        """A folder that nothing else has, named after label, rate, seed and a hash of all settings. Another tool at work here may have
-        made it since we looked: the same settings share it, others have another name."""
-        name = f"{re.sub(r'[^a-z0-9]+', '_', label.lower()).strip('_')}-lr{rate}-seed{seed}-{hashlib.sha256(key.encode()).hexdigest()[:6]}"
-        folder, number = self.out / name, 1
-        while folder in self.taken or (folder.exists() and self.held(folder) != key):
-            number += 1
-            folder = self.out / f"{name}-{number}"
-        self.taken.add(folder)
-        return folder
+    @staticmethod
+    def stamp(folder):
+        return read_json(folder / "made_by.json").get("code")
+
+    def free(self, label, keys, key, made_by):
+        """A folder that nothing else has, named after label, rate, seed and settings. Another tool
+        at work here may have made it since we looked: a run of the same settings shares it."""
+        rate, seed = (keys.get(k, "") for k in ("learning_rate", "seed"))
+        name = folder_name(label, rate, seed, key) + (f"-{made_by[:6]}" if made_by else "")
+        taken = {run.folder for run in self.given.values()}
+        for number in itertools.count(1):
+            folder = self.out / (f"{name}-{number}" if number > 1 else name)
+            same = self.held(folder) == key and made_by in (None, self.stamp(folder))
+            if folder not in taken and (same or not folder.exists()):
+                return folder
+
+
+def folder_name(label, rate, seed, key):
+    slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+    return f"{slug}-lr{rate}-seed{seed}-{key[:6]}"
 
 
 class Pool:
-    """At most `jobs` children at once. nproc_per_node: each under torchrun with so many processes."""
+    """At most `jobs` children at once. nproc_per_node: each under torchrun, so many processes."""
 
     def __init__(self, jobs, nproc_per_node=0):
-        self.jobs, self.nproc, self.children = jobs, nproc_per_node, {}  # child -> (run, slot, when it started, size of its output then)
+        # child -> (run, slot, when it started, the size of its output then)
+        self.jobs, self.nproc, self.children = jobs, nproc_per_node, {}
 
     def start(self, run):
-        """Start or resume the run: python train.py ... --out_dir=... --resume, with low priority, on a GPU of its own if there is one."""
-        slot = min(set(range(self.jobs)) - {slot for _, slot, _, _ in self.children.values()})
+        """Start or resume a run, with low priority, on a GPU of its own if there is one."""
+        taken = {slot for _, slot, _, _ in self.children.values()}
+        slot = min(set(range(self.jobs)) - taken)
         run.folder.mkdir(parents=True, exist_ok=True)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"] if self.nproc else []
-        command = [sys.executable, *torchrun, "train.py", *run.arguments, f"--out_dir={run.folder}", "--resume"]
-        codes = dict.fromkeys([*filter(None, str(run.made_by().get("code", "")).split(", ")), code()])  # a resumed run may have several
-        made_by = {"command": shlex.join(["python", "train.py", *run.arguments]), "device": device_name(), "torch": torch.__version__,
-                   "python": platform.python_version(), "code": ", ".join(codes)}
-        write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")
+        stamp_run(run)
         environment = dict(os.environ)
-        if run.settings["device"] == "cpu" or not torch.cuda.is_available():
+        if run.settings.get("device") == "cpu" or not torch.cuda.is_available():
             environment.setdefault("OMP_NUM_THREADS", "1")
         elif not self.nproc:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu_for(slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        nice = ["nice", "-n", "10"] if shutil.which("nice") else []
-        with open(run.folder / "output.txt", "ab") as output:  # a session of its own: Ctrl-C reaches us, and we end the children
-            before = output.tell()
-            child = subprocess.Popen([*nice, *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            gpu = gpu_for(slot, torch.cuda.device_count(), visible)
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
+        command = [*(["nice", "-n", "10"] if shutil.which("nice") else []), sys.executable,
+                   *(torchrun if self.nproc else []), "train.py", *run.arguments,
+                   f"--out_dir={run.folder}", "--resume"]
+        with open(run.folder / "output.txt", "ab") as output:
+            before = output.tell()  # a session of its own: Ctrl-C reaches us, and we end it
+            child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output,
+                                     start_new_session=True, env=environment)
         self.children[child] = (run, slot, time.time(), before)
 
     def wait(self):
-        """Wait for one child. Returns (run, how it ended, a line about it, seconds): "done", "stopped", "diverged" or "failed"."""
+        """Wait for one child. Returns (run, how it ended, a line about it, seconds)."""
         while True:
             for child in self.children:
                 if child.poll() is not None:
                     run, _, started, before = self.children.pop(child)
-                    return run, *self.outcome(run, child.returncode, before), time.time() - started
+                    seconds = time.time() - started
+                    return run, *self.outcome(run, child.returncode, before), seconds
             time.sleep(0.1)
 
     @staticmethod
     def outcome(run, status, before=0):
-        """("done", "stopped", "diverged" or "failed", a line about it). before: the size of output.txt when the child started."""
+        """("done", "stopped", "diverged" or "failed", a line about it). before: the size of
+        output.txt when the child started; what stands before is of an earlier start."""
         if status == 0 and run.state == "done":
             loss = run.summary()["val_loss"]
             return "done", "validation loss not finite" if loss is None else f"{loss:.4f}"
@@ -188,18 +259,30 @@ class Pool:
             return "stopped", "stopped by a signal, and saved"
         if status < 0:
             return "failed", f"killed by signal {-status}"
-        lines = (run.folder / "output.txt").read_bytes()[before:].decode(errors="replace").strip().splitlines()
+        output = (run.folder / "output.txt").read_bytes()[before:]
+        lines = output.decode("utf-8", errors="replace").strip().splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or lines
         line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
         if "not finite" in line:
-            write_whole(run.folder / "diverged.txt", line + "\n")  # so that the next call does not try again
+            write_whole(run.folder / "diverged.txt", line + "\n")  # it is not tried again
             return "diverged", line
         return "failed", line
 
     def stop(self):
-        """Ask all children to save and end, and wait until they have. Returns how many had something to save."""
+        """Ask all children to save and end, and wait. Returns how many had something to save."""
         for child in self.children:
             child.send_signal(signal.SIGTERM)
         saved = sum(child.wait() in (0, STOPPED) for child in self.children)
         self.children.clear()
         return saved
+
+
+def stamp_run(run):
+    """Write made_by.json: command, device, versions and code, of which a resumed run may have
+    several."""
+    before = read_json(run.folder / "made_by.json").get("code", "")
+    codes = dict.fromkeys([*filter(None, before.split(", ")), code()])
+    made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
+               "device": device_name(), "torch": torch.__version__,
+               "python": platform.python_version(), "code": ", ".join(codes)}
+    write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

@@ -521,7 +521,7 @@ def test_the_gpts_query_weight_moves_as_stated(keys):
 
 def draw(folder, names, monkeypatch):
     monkeypatch.setattr(theory_figures, "FIGURES", {name: theory_figures.FIGURES[name] for name in names})
-    theory_figures.main(folder)
+    theory_figures.main([str(folder)])
     return {path.name: path.read_bytes() for path in folder.glob("*")}
 
 
@@ -549,4 +549,4 @@ def test_each_figure_has_a_drawer_a_place_and_a_small_file():
 def test_without_matplotlib_it_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="^error: the figures need matplotlib: pip install matplotlib$"):
-        theory_figures.main()
+        theory_figures.main([])

@@ -3,8 +3,10 @@ Draws what theory/theorems.py states, on small problems integrated numerically, 
 
   python -m theory.figures          writes figures/theory_*.png; another folder can be named after it
 
-docs/theory.md says what each figure shows. The same command draws the same files: every random number has a seed.
+docs/theory.md says what each figure shows. The same command draws the same files: every random
+number has a seed, and one thread adds up.
 """
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -80,7 +82,7 @@ def figure_2_3(plt):
         right.plot(times, [s[1] for s in spectra], color=color)
         right.plot(times, [s[2] for s in spectra], "--", color=color)
     left.plot([], [], color="black", label="mean over paths")
-    left.plot([], [], ":", color="black", label="the paper's bound")
+    left.plot([], [], ":", color="black", label="bound from eq. 30")
     right.plot([], [], color="black", label="trace")
     right.plot([], [], "--", color="black", label="Frobenius norm")
     finish(left, r"$\|\gamma\|^2$", "time t", "mean", ylim=(0, 50))
@@ -167,7 +169,7 @@ def figure_conditions(plt):
         axis.loglog(squares, [r[1] for r in rates], color=COLORS[student], label=NAMES[student])
         axis.loglog(squares, [r[0] for r in rates], color=BLUE, label=NAMES["standard"])
         axis.axvspan(1, 10, color=GREEN, alpha=0.15, linewidth=0, label=f"{what}: the flow from the start")
-        finish(axis, f"{NAMES[student][:2]}, one effective state: (i) fails below 1", x, r"$-dL/dt$")
+        finish(axis, f"{NAMES[student][:2]}, one effective state: (i) can fail below 1", x, r"$-dL/dt$")
     compare(axes[1, 0], "dual", torch.tensor(COUNTEREXAMPLES["dual"], dtype=torch.float64), 2.0, 800,
             "DP, (iii) without its condition: W* = (4, 0.4)ᵀ")
     compare(axes[1, 1], "original", torch.tensor(COUNTEREXAMPLES["original"], dtype=torch.float64), 3.0, 1200,
@@ -303,7 +305,11 @@ STYLE = {"figure.dpi": 150, "savefig.dpi": 150, "font.size": 9, "axes.titlesize"
          "grid.alpha": 0.3, "axes.formatter.limits": (-3, 4), "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8}
 
 
-def main(folder="figures"):
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m theory.figures", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="figures", help="where they go (default: figures)")
+    folder = parser.parse_args(argv).folder
     try:
         import matplotlib
     except ImportError:
@@ -311,7 +317,9 @@ def main(folder="figures"):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from PIL import Image  # comes with matplotlib
+    plt.rcdefaults()  # nothing of the user's own settings
     plt.rcParams.update(STYLE)
+    torch.set_num_threads(1)  # sums in one order, so the same bytes on any number of cores
     Path(folder).mkdir(parents=True, exist_ok=True)
     begun = time.time()
     for done, (name, draw) in enumerate(FIGURES.items(), 1):
@@ -323,4 +331,4 @@ def main(folder="figures"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()

@@ -1,0 +1,730 @@
+"""
+Proves that a study's statistics are scipy's and the formula's, that its fits find what a synthetic
+law has, that it runs what is missing and nothing else, loses no run, survives an interruption and a
+diverging row, refuses what would mislead, and that every number in docs and README is the results'.
+"""
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from lib.config import flat, load_config
+from study import evidence, tables
+from study.evidence import best_rate, judge, paired, pooled, seeds_needed, summarize, verdict
+from study.plan import Cell, Study, load_study, read_idea
+from study.results import as_text, collect, curves, load_records, losses_of
+from study.run import main, write_docs
+from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of
+
+SMOKE, TRACK, FIGURE_1, FIGURE_6 = (ROOT / "studies" / f"{name}.py" for name in (
+    "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling"))
+STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
+RESULTS = [p for p in sorted((ROOT / "results").glob("*.json"))
+           if '"study"' in p.read_text(encoding="utf-8")[:100]]
+CONFIG = "configs/study_cpu.py"
+MODEL = {"config": CONFIG, "keys": {}, "learning_rates": (1e-3, 2e-3)}
+
+
+def tiny_study(**changes):
+    """Two rows, two rates, two seeds."""
+    return Study(**{"name": "s", "title": "?", "question": "?", "seeds": (1, 2),
+                    "rows": {"a": {}, "b": {"scale_vectors": False}}, "models": {"m": MODEL},
+                    "comparisons": {("b", "a"): {"0.12B": 0.1}}, **changes})
+
+
+def losses_by(values, seeds=(1, 2)):
+    """{Cell: loss} from {row: {rate: loss}}, a tenth more for each seed."""
+    return {Cell("m", row, rate, seed): loss + seed / 10 for row, rates in values.items()
+            for rate, loss in rates.items() for seed in seeds}
+
+
+# ------------------------------------------------------------------------------------------------
+# statistics
+
+def test_paired_is_scipys_interval():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(0)
+    a, b = ({s: rng.gauss(1.5, 0.1) for s in range(6)} for _ in range(2))
+    found = paired(a, {**b, 17: 3.0})  # a seed that only one side has does not count
+    expected = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
+    assert found["seeds"] == 6
+    assert found["difference"] == pytest.approx(statistics.mean(a[s] - b[s] for s in a))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=1e-6)
+    for freedom, quantile in enumerate(evidence.T_975, 1):
+        assert quantile == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-5)
+    assert len(evidence.T_975) == 29 and evidence.t_975(500) == evidence.T_975[-1]
+
+
+def test_paired_without_pairs():
+    nothing = {"difference": None, "low": None, "high": None}
+    assert paired({1: 1.0}, {2: 1.0}) is None
+    assert paired({1: math.inf, 2: 1.0}, {1: 1.0, 2: 1.0}) == {**nothing, "seeds": 2, "diverged": 1}
+    assert paired({1: 1.0}, {1: 1.5}) == {**nothing, "difference": -0.5, "seeds": 1}
+
+
+def test_pooled_is_welchs_interval():
+    stats = pytest.importorskip("scipy.stats")
+    a, b = [0.1, 0.5, 0.3, 0.9], [0.2, 0.1, 0.15]
+    expected = stats.ttest_ind(a, b, equal_var=False)
+    mean, low, high = pooled([1, -1], [a, b]).values()
+    assert mean == pytest.approx(statistics.mean(a) - statistics.mean(b))
+    quantile = evidence.t_975(math.floor(expected.df))
+    assert high - mean == pytest.approx(quantile * mean / expected.statistic)
+    assert pooled([1, 1], [a, [1.0]])["low"] is None
+
+
+def test_how_many_seeds_a_difference_needs():
+    found = paired({s: 0.01 * (-1) ** s for s in range(4)}, dict.fromkeys(range(4), 0.0))
+    n, deviation = seeds_needed(found), statistics.stdev([0.01, -0.01, 0.01, -0.01])
+    assert evidence.t_975(n - 1) * deviation / math.sqrt(n) <= 0.005
+    assert evidence.t_975(n - 2) * deviation / math.sqrt(n - 1) > 0.005
+    assert seeds_needed(None) is None
+
+
+def test_best_rate():
+    study = tiny_study(rows={"a": {}, "b": {}})
+    losses = losses_by({"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {2e-3: 1.0}}, seeds=(1,))
+    assert best_rate(losses, study, "m", "a") == 2e-3
+    assert best_rate(losses, study, "m", "b") is None  # one rate of two
+    assert best_rate(losses, study, "m", "b", whole=False) is None  # the first row has more rates
+    del losses["m", "a", 1e-3, 1, False]
+    assert best_rate(losses, study, "m", "a") is None
+    assert best_rate(losses, study, "m", "b", whole=False) == 2e-3
+
+
+@pytest.mark.parametrize("paper, low, high, says", [
+    (-0.03, -0.04, -0.01, "agrees"), (0.03, -0.04, -0.01, "differs"), (0.03, 0.01, 0.02, "agrees"),
+    (-0.03, -0.02, 0.01, "cannot tell")])
+def test_verdict(paper, low, high, says):
+    assert verdict(paper, {"difference": (low + high) / 2, "low": low, "high": high}) == says
+    assert verdict(paper, None) == "cannot tell"
+
+
+def test_power_law_and_multiplier():
+    stats, compute = pytest.importorskip("scipy.stats"), [1e15, 1e16, 1e17, 1e18]
+    noisy = [7.1, 6.0, 5.5, 4.6]
+    line = stats.linregress([math.log(c) for c in compute], [math.log(x) for x in noisy])
+    law = math.exp(line.intercept), -line.slope
+    assert evidence.power_law(compute, noisy) == pytest.approx(law)
+    # by the definition: the baseline's curve has, at that many times the compute, the better loss
+    baseline, better = ([{1: a * c ** -b} for c in compute] for a, b in ((7, 0.05), (8, 0.06)))
+    found = evidence.compute_multiplier(compute, better, baseline)
+    assert found["laws"][0] == pytest.approx((7, 0.05)) and found["low"] is None
+    assert 7 * (found["multiplier"] * 1e18) ** -0.05 == pytest.approx(8 * 1e18 ** -0.06)
+
+
+def test_the_multipliers_interval_covers_the_truth():
+    """At three seeds, where a bootstrap is too narrow: 95 of 100 intervals hold 1.25."""
+    rng, compute, covered = random.Random(0), [1e15, 1e16, 1e17, 1e18], 0
+    for _ in range(200):
+        noise = [{s: rng.gauss(0, 4e-3) for s in range(3)} for _ in compute]
+        baseline = [{s: 7 * c ** -0.05 + n for s, n in d.items()} for c, d in zip(compute, noise)]
+        better = [{s: 7 * (1.25 * c) ** -0.05 + n + rng.gauss(0, 2e-3) for s, n in d.items()}
+                  for c, d in zip(compute, noise)]
+        found = evidence.compute_multiplier(compute, better, baseline)
+        covered += found["low"] <= 1.25 <= found["high"]
+    assert 184 <= covered <= 198
+
+
+def test_summary_by_both_protocols():
+    study = tiny_study()
+    losses = losses_by({"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {1e-3: 1.5, 2e-3: 3.0}})
+    found = summarize(study, losses)["m"]
+    assert found["tuned_rate"] == 2e-3 and found["rows"]["b"]["own"]["learning_rate"] == 1e-3
+    assert found["rows"]["a"]["tuned"]["loss"] == pytest.approx(1.15)
+    comparison, = found["comparisons"]
+    assert comparison["tuned"]["difference"] == pytest.approx(2.0)
+    assert comparison["own"]["difference"] == pytest.approx(0.5)
+    losses[Cell("m", "b", 2e-3, 2)] = math.inf
+    at = summarize(study, losses)["m"]["rows"]["b"]["tuned"]
+    assert at == {"learning_rate": 2e-3, "loss": None, "seeds": 2, "diverged": 1}
+
+
+def test_the_tracks_rule():
+    rule = load_study(TRACK, "cpu").rule
+    for low, mean, high, better in ((-0.03, -0.02, -0.01, True), (-0.03, -0.01, 0.001, False),
+                                    (-0.005, -0.004, -0.003, False)):
+        found = {"difference": mean, "low": low, "high": high, "seeds": 5}
+        assert judge(rule, {"own": found}) == ("better" if better else "does not count as better")
+        assert judge(rule, {"own": {**found, "seeds": 4}}) == "not run with 5 seeds yet"
+    diverged = paired(dict.fromkeys(range(5), math.inf), dict.fromkeys(range(5), 1.0))
+    assert judge(rule, {"own": diverged}) == "does not count as better"
+
+
+# ------------------------------------------------------------------------------------------------
+# the study file and its cells
+
+def test_two_phases():
+    study = tiny_study()
+    grid = study.tuning_cells(study.rows)
+    assert grid == [("m", row, rate, 1, False) for row in "ab" for rate in (1e-3, 2e-3)]
+    best = {("m", "a"): 2e-3, ("m", "b"): 1e-3}
+    seeds = study.seed_cells(study.rows, (1, 2), best)
+    assert [c[1:4] for c in seeds] == [("a", 2e-3, 1), ("b", 2e-3, 1), ("b", 1e-3, 1),
+                                       ("a", 2e-3, 2), ("b", 2e-3, 2), ("b", 1e-3, 2)]
+    paper = tiny_study(protocol="paper")
+    assert [c.row for c in paper.tuning_cells(paper.rows)] == ["a", "a"]
+    assert not study.seed_cells(study.rows, (1, 2), {})
+
+
+def test_a_model_can_be_tuned_on_shorter_runs():
+    study = load_study(FIGURE_6, "long")
+    cell, *_ = study.tuning_cells(study.rows)
+    assert cell.tuning and study.keys(cell)["max_iters"] == 1050
+    assert study.keys(cell._replace(tuning=False))["max_iters"] == 4200
+    losses = {Cell("0.11M", "baseline", rate, 1, True): rate for rate in (4e-3, 8e-3, 16e-3)}
+    assert best_rate(losses, study, "0.11M", "baseline") == 4e-3
+    full = {cell._replace(tuning=False): loss for cell, loss in losses.items()}
+    assert best_rate(full, study, "0.11M", "baseline") is None
+
+
+def test_only_some_rows():
+    study = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
+    assert study.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]
+    with pytest.raises(ValueError, match="no row 'nothing'"):
+        study.select_rows(["nothing"])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_study_is_sound(path, tmp_path):
+    """At every scale train.py takes every row, and no two rows of a study are one run."""
+    names = {}
+    exec(path.read_text(encoding="utf-8"), names)
+    for scale in names.get("scales", ()):
+        study, folders = load_study(path, scale), RunFolders(tmp_path / scale)
+        study.check_rows()
+        for name, model in study.models.items():
+            cells = [Cell(name, row, 1e-3, 1) for row in study.rows_of(name)]
+            runs = [folders.find(c.row, model.config, study.keys(c)) for c in cells]
+            assert len({run.folder for run in runs}) == len(cells)
+
+
+@pytest.mark.parametrize("line, says", [
+    ("rows = {}", "rows must be"), ("rows = {'a, b': {}}", "without a comma"),
+    ("scales = 1", "int"), ("scales['cpu']['seeds'] = ()", "'seeds' and 'models' must be"),
+    ("del scales['cpu']['seeds']", "'seeds'"), ("panels = [['x']]", "names 'x'"),
+    ("del scales['cpu']['models']['tiny']['keys']", "Model missing 1 required"),
+    ("scales['cpu']['models']['tiny']['learning_rates'] = ('2e-3',)", "'learning_rates' must be"),
+    ("scales['cpu']['models']['tiny']['rows'] = ('x',)", "names 'x'"),
+    ("scales['cpu']['rows'] = {'x': {}}", "a row not there"),
+    ("comparisons = {('unified', 'baseline'): {'0.12B': 'x'}}", "comparisons must be"),
+    ("picture = 'x'", "picture must be"), ("scales['cpu']['seed'] = 1", "seed")])
+def test_a_malformed_study_is_one_line(line, says, tmp_path):
+    path = tmp_path / "study.py"
+    path.write_text(SMOKE.read_text(encoding="utf-8") + line, encoding="utf-8")
+    with pytest.raises(ValueError, match="see studies/common.py") as error:
+        load_study(path, "cpu")
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_idea_differs_in_strategy_only(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("scale_placement = 'dual'\nout_dir = 'out/mine'\n", encoding="utf-8")
+    idea = read_idea([mine], ["--scale_lr=3"], {"scale_lr": 2.0, "scale_heterogeneous": True})
+    assert idea == {"scale_placement": "dual", "scale_lr": 3, "scale_heterogeneous": True}
+    for key in ("max_iters=9", "batch_size=9", "dataset=x", "block_size=9", "eval_interval=9",
+                "seed=9", "learning_rate=9", "min_lr=9", "schedule=wsd"):
+        with pytest.raises(ValueError, match="must be the same for every row"):
+            read_idea([], [f"--{key}"], {})
+    mine.write_text("max_iters = 9", encoding="utf-8")
+    with pytest.raises(ValueError, match="mine.py: max_iters .* or shorten all rows with --steps"):
+        read_idea([mine], [], {})
+
+
+def test_an_idea_is_a_row_of_the_track():
+    long = {"scale_heterogeneous": True, "scale_placement": "dual_norm"}
+    studies = [load_study(TRACK, "cpu", {**long, "scale_reparam": reparam})
+               for reparam in ("original", "exponential")]
+    assert ("yours", "unified") in studies[0].comparisons
+    assert len({study.name for study in studies}) == 2  # results of its own for each idea
+    named = load_study(TRACK, "cpu", long, name="mine", steps=400)
+    assert named.rule == {}  # short runs prove nothing
+    assert named.name == "track_mine_400_steps" and named.title.endswith("shortened to 400 steps")
+    assert {named.keys(Cell("0.23M", row, 1e-3, 1))["max_iters"] for row in named.rows} == {400}
+    with pytest.raises(ValueError, match="has no row of yours"):
+        load_study(SMOKE, "cpu", long)
+
+
+# ------------------------------------------------------------------------------------------------
+# run folders
+
+def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **stored):
+    """What train.py leaves, without training."""
+    folder.mkdir(parents=True)
+    settings = flat(load_config([str(ROOT / arguments[0]), *arguments[1:]]))
+    (folder / "config.json").write_text(json.dumps({**settings, **stored}), encoding="utf-8")
+    if finished:
+        summary = {"val_loss": val_loss, "steps": 1, "tokens": 8, "params": 9, "scale_params": 1,
+                   "seconds": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    if made_by:
+        (folder / "made_by.json").write_text(json.dumps({"code": made_by}), encoding="utf-8")
+
+
+def test_a_run_is_known_by_its_settings(tmp_path):
+    keys = {"seed": 3, "learning_rate": 0.002}
+    write_run(tmp_path / "old name", [CONFIG, "--seed=3", "--learning_rate=2e-3"], a_past_key=1)
+    folders = RunFolders(tmp_path)
+    found = folders.find("any label", CONFIG, keys)
+    assert found.folder.name == "old name" and found.state == "done"
+    same = folders.find("x", CONFIG, {**keys, "checkpoint_interval": 7, "n_kv_head": 4})
+    assert same.folder == found.folder
+    other = folders.find("x", CONFIG, {**keys, "n_kv_head": 2})
+    assert other.state == "missing" and other.folder != found.folder
+
+
+def test_settings_of_former_code_mean_the_same():
+    """A key that has come or gone, and one that was renamed: eval_iters were 8 windows each."""
+    now = {"max_iters": 7, "recompute": False}
+    assert settings_of({"max_iters": 7, "scale_execution_of_the_past": 1}) == settings_of(now)
+    assert settings_of({"eval_iters": 80}) == settings_of({"eval_windows": 640}) != settings_of({})
+
+
+def test_only_todays_code_counts_for_a_row_of_yours(tmp_path, monkeypatch):
+    arguments, keys = [CONFIG, "--seed=1"], {"seed": 1}
+    write_run(tmp_path / "a", arguments, made_by="earlier")
+    key = digest(settings_of(flat(load_config([str(ROOT / CONFIG), "--seed=1"]))))
+    records = {key: [{"state": "done", "code": "earlier", "data": "same", "val_loss": 1.0}]}
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
+    elsewhere = RunFolders(tmp_path / "none", records)
+    assert elsewhere.find("x", CONFIG, keys).has_ended  # a result counts as done, on equal data
+    assert not elsewhere.find("x", CONFIG, keys, made_by=code()).has_ended
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "other")
+    assert not RunFolders(tmp_path / "none", records).find("x", CONFIG, keys).has_ended
+    folders = RunFolders(tmp_path, records)
+    assert folders.find("x", CONFIG, keys).folder.name == "a"
+    mine = folders.find("x", CONFIG, keys, made_by=code())
+    assert mine.state == "missing" and mine.folder.name.endswith(code()[:6])
+    write_run(mine.folder, arguments, made_by=code())
+    assert RunFolders(tmp_path).find("x", CONFIG, keys, made_by=code()).state == "done"
+    assert RunFolders(tmp_path).find("x", CONFIG, keys).folder == mine.folder  # the newer of two
+
+
+def test_a_run_continued_to_more_steps_is_not_replaced(tmp_path):
+    keys = {"seed": 1, "learning_rate": 0.004}
+    wanted = RunFolders(tmp_path).find("baseline", CONFIG, keys)
+    write_run(wanted.folder, [*wanted.arguments, "--max_iters=9999"])
+    again = RunFolders(tmp_path).find("baseline", CONFIG, keys)
+    assert again.state == "missing" and again.folder != wanted.folder
+    Path(f"{wanted.folder}-2").mkdir()  # something else of that name
+    third = RunFolders(tmp_path).find("baseline", CONFIG, keys)
+    assert third.folder.name == f"{wanted.folder.name}-3"
+
+
+def test_two_tools_at_once_do_not_take_each_others_runs(tmp_path):
+    """Each looked at the folders when it started, and neither knows of the other."""
+    tools = RunFolders(tmp_path), RunFolders(tmp_path)
+    keys = {"seed": 1, "learning_rate": 0.004}
+    one = tools[0].find("baseline", CONFIG, keys)
+    other = tools[1].find("baseline", CONFIG, {**keys, "schedule": "wsd"})
+    write_run(one.folder, one.arguments)
+    assert one.state == "done" and other.state == "missing"
+    assert tools[1].find("baseline", CONFIG, keys).state == "done"  # the very same run is shared
+
+
+def test_of_two_copies_of_a_run_the_finished_one_counts(tmp_path):
+    for name, finished in (("a", True), ("b", False)):
+        write_run(tmp_path / name, [CONFIG, "--seed=1"], finished=finished)
+    assert RunFolders(tmp_path).find("x", CONFIG, {"seed": 1}).folder.name == "a"
+
+
+def test_a_damaged_summary_names_its_file(tmp_path):
+    write_run(tmp_path / "a", [CONFIG])
+    for text in ("", "{}", "3", "[]"):
+        (tmp_path / "a" / "summary.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="a/summary.json is not what train.py leaves"):
+            RunFolders(tmp_path).find("x", CONFIG, {}).summary()
+
+
+def test_only_the_last_start_decides_how_a_run_ended(tmp_path):
+    """An error of an earlier start, still in output.txt, is not this one's."""
+    write_run(tmp_path / "a", [CONFIG], finished=False)
+    run = RunFolders(tmp_path).find("x", CONFIG, {})
+    old = "error: 3 steps in a row up to step 9 were not finite\n"
+    (run.folder / "output.txt").write_text(old + "error: out of memory\n", encoding="utf-8")
+    assert Pool.outcome(run, 1, before=len(old)) == ("failed", "out of memory")
+    assert run.state == "interrupted"
+    (run.folder / "output.txt").write_text(old, encoding="utf-8")
+    assert Pool.outcome(run, 1)[0] == "diverged" == run.state
+
+
+@pytest.mark.parametrize("visible, gpus", [("", ["0", "1", "0"]), ("4,5", ["4", "5", "4"]),
+                                           ("GPU-a", ["GPU-a"] * 3)])
+def test_each_run_gets_a_gpu_of_its_own(visible, gpus):
+    assert [gpu_for(slot, 2, visible) for slot in range(3)] == gpus
+
+
+def test_curves_pass_over_lines_that_are_no_record(tmp_path):
+    """Matrices are found by a part of their name, whatever stands between."""
+    log = tmp_path / "log.jsonl"
+    records = [{"event": "eval", "step": 0, "tokens": 0, "val_loss": 5.5},
+               *({"event": "matrix", "step": 0, "name": f"layers.{name}", "norm": norm}
+                 for name, norm in (("2.attn.q.weight", 2.0), ("2.attn.qkv.weight.k", 3.0),
+                                    ("2.attn.o.weight", 4.0), ("1.attn.q.weight", 5.0),
+                                    ("2.attn.v.weight", None)))]
+    lines = ["3", '{"event":"eval"}', "[]", *map(json.dumps, records), '{"event":"ev']
+    log.write_text("\n".join(lines), encoding="utf-8")
+    assert curves(log, ()) == {"curve": [[0, 5.5]]}
+    found = curves(log, ("layers.2.attn.", ("q", "k", "v")))
+    assert found["norms"] == {"q": [[0, 2.0]], "k": [[0, 3.0]]}
+
+
+# ------------------------------------------------------------------------------------------------
+# running, in processes of their own
+
+def spawn(*args, cwd):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "study.run", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def places(folder):
+    return [f"--out={folder}/runs", f"--results={folder}/results"]
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name != "lock"}
+
+
+def read_results(folder, name):
+    return json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_smoke_interrupted_and_resumed(tmp_path):
+    """From another folder; Ctrl-C while runs are under way, then the same command: what was
+    finished stays, and the rest is resumed. The JSON then stands for the runs."""
+    command = [SMOKE, *places(tmp_path), "--jobs=2"]
+    first = spawn(*command, cwd=tmp_path)
+    while not list(tmp_path.glob("runs/*/summary.json")):  # at least one run has finished
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=600)
+    assert first.returncode == 130 and len(err.splitlines()) == 1
+    assert "the same command resumes them" in err and not list(tmp_path.glob("results/*"))
+    done = [p.parent for p in tmp_path.glob("runs/*/summary.json")]
+    before = {folder: snapshot(folder) for folder in done}
+
+    second = spawn(*command, cwd=tmp_path)
+    out, err = second.communicate(timeout=600)
+    assert second.returncode == 0, out + err
+    assert all(snapshot(folder) == files for folder, files in before.items())
+    results = read_results(tmp_path, "smoke_cpu")
+    assert len(results["runs"]) == 4 and results["missing"] == 0 and results["devices"]
+    assert [len(run["curve"]) for run in results["runs"]] == [4] * 4  # steps 0, 20, 40, 60
+    losses = {(r["row"], r["seed"]): r["val_loss"] for r in results["runs"]}
+    mean = statistics.mean(losses["unified", s] - losses["baseline", s] for s in (1, 2))
+    found = results["results"]["tiny"]["comparisons"][0]["tuned"]["difference"]
+    assert found == pytest.approx(mean) and tables.signed(mean) in out
+
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")  # another machine, where out/ is gone
+    third = spawn(*command, cwd=tmp_path)
+    out, err = third.communicate(timeout=600)
+    assert third.returncode == 0 and not list(tmp_path.glob("runs/*")), out + err
+    assert read_results(tmp_path, "smoke_cpu")["runs"] == results["runs"]
+
+
+def test_a_diverging_row_is_reported_and_not_repeated(tmp_path, capsys):
+    study = tmp_path / "wild.py"
+    study.write_text(SMOKE.read_text(encoding="utf-8") + (
+        '\nrows = {"baseline": {}, "wild": {"init_std": 1e30}}\n'
+        'comparisons = {("wild", "baseline"): {}}\nscales["cpu"]["seeds"] = (1,)\n'))
+    assert main([str(study), *places(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "diverged: 10 steps in a row" in said and "| tiny | wild | diverged (1 of 1)" in said
+    before = snapshot(tmp_path / "runs")
+    assert main([str(study), *places(tmp_path)]) == 0 and snapshot(tmp_path / "runs") == before
+    assert read_results(tmp_path, "wild_cpu")["runs"][1]["state"] == "diverged"
+
+
+def test_a_loss_that_is_not_finite_counts_as_diverged(tmp_path):
+    study = tiny_study()
+    write_run(tmp_path / "a", [CONFIG, "--seed=1", "--learning_rate=0.001"], val_loss=None)
+    cell = Cell("m", "a", 1e-3, 1)
+    runs = {cell: RunFolders(tmp_path).find("a", CONFIG, study.keys(cell))}
+    record, = collect(study, "cpu", runs, [], "", {})["runs"]
+    assert record["state"] == "diverged" and "val_loss" not in record
+    assert losses_of(runs) == {cell: math.inf}
+    assert Pool.outcome(runs[cell], 0) == ("done", "validation loss not finite")
+
+
+def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
+    children = []
+
+    def fail(name, runs, made, later, pool):
+        children.append(subprocess.Popen(["sleep", "600"]))
+        pool.children[children[0]] = (None, 0, 0.0, 0)
+        raise ValueError("no space")
+
+    monkeypatch.setattr("study.run.run_phase", fail)
+    try:
+        assert main([str(SMOKE), *places(tmp_path)]) == 1
+        assert children[0].poll() is not None and "no space" in capsys.readouterr().err
+    finally:
+        children[0].kill()
+
+
+def test_a_part_can_be_evaluated(tmp_path, capsys):
+    arguments = [str(FIGURE_1), *places(tmp_path), "--evaluate"]
+    write_run(tmp_path / "runs" / "one", [CONFIG, "--seed=1", "--learning_rate=0.004"], 1.25)
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "runs of this study, or more, are still to be made" in said
+    assert "made by earlier code: baseline" in said
+    results = read_results(tmp_path, "figure_1_necessity_cpu")
+    assert results["runs"][0]["val_loss"] == 1.25 and results["fits"] == []
+    write_run(tmp_path / "runs" / "two", [CONFIG, "--seed=2", "--learning_rate=0.004"])
+    assert main([*arguments, "--rows=baseline", "--seeds=2"]) == 0  # the rest stays
+    seeds = [run["seed"] for run in read_results(tmp_path, "figure_1_necessity_cpu")["runs"]]
+    assert seeds == [1, 2]
+
+
+def test_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
+    arguments = [str(FIGURE_1), f"--out={tmp_path}/none", f"--results={tmp_path}", "--evaluate"]
+    path = tmp_path / "figure_1_necessity_cpu.json"
+    keys = {"learning_rate": 0.004, "seed": 77}
+    run = {"model": "0.23M", "row": "baseline", **keys, "state": "done", "val_loss": 1.0,
+           "curve": [], "steps": 1, "tokens": 8, "params": 9, "scale_params": 1, "seconds": 1,
+           "settings": digest(RunFolders(tmp_path).find("x", CONFIG, keys).settings), "code": "",
+           "data": "same"}
+    path.write_text(json.dumps({"study": "s", "runs": [run]}), encoding="utf-8")
+    assert main(arguments) == 0  # a seed that the study does not ask for
+    assert json.loads(path.read_text(encoding="utf-8"))["runs"] == [run]
+    for damage, says in (({"settings": "other"}, "with other settings: move them away"),
+                         ({"row": "gone"}, "with other settings: move them away"),
+                         ({"data": "other"}, "hold runs on other data than this machine has")):
+        text = json.dumps({"study": "s", "runs": [{**run, **damage}]})
+        path.write_text(text, encoding="utf-8")
+        assert main(arguments) == 1 and path.read_text(encoding="utf-8") == text
+        assert says in capsys.readouterr().err
+    path.write_text("[]", encoding="utf-8")
+    assert main(arguments) == 1 and path.read_text(encoding="utf-8") == "[]"
+    assert f"error: {path} does not hold a study's results" in capsys.readouterr().err
+
+
+def test_printed_lines_are_all_runs_and_each_has_its_folder(tmp_path, capsys):
+    """Of two models and two rows that would be named alike; before any run, and after the grid."""
+    path = tmp_path / "study.py"
+    path.write_text("""title = question = "?"
+rows = {"a b": {}, "a-b": {"scale_vectors": False}}
+models = {name: {"config": "configs/study_cpu.py", "learning_rates": (1e-3, 2e-3),
+                 "keys": {"n_layer": n}} for name, n in (("one", 1), ("two", 2))}
+scales = {"cpu": {"seeds": (1, 2), "models": models}}
+""", encoding="utf-8")
+
+    def printed():
+        assert main([str(path), *places(tmp_path), "--protocol=paper", "--print"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        lines = [shlex.split(line) for line in said if line.startswith("python ")]
+        return {line[-1].removeprefix("--out_dir="): line[2:-1] for line in lines}
+
+    grid = {folder: line for folder, line in printed().items()
+            if "--learning_rate=BEST" not in line}
+    assert len(grid) == 2 * 2 and len(printed()) == 2 * (2 + 4)
+    for folder, line in grid.items():
+        load_config([str(ROOT / line[0]), *line[1:]])
+        write_run(Path(folder), line, 1.0 if "--learning_rate=0.002" in line else 2.0)
+    after = printed().values()
+    assert len(after) == 2 * (2 + 3) and sum("--learning_rate=0.002" in a for a in after) == 2 * 4
+
+
+@pytest.mark.parametrize("line, says", [
+    ("import sys; sys.exit(0)", "does not run: SystemExit"),
+    ("raise OSError('two\\nlines')", "does not run: OSError: two"),
+    ("rows['unified'] = {'min_lr': 5e-3}", "row 'unified': min_lr=0.005"),
+    ("rows['unified'] = {'scale_placement': 'nowhere'}", "row 'unified': "),
+    ("rows['unified'] = {'dataset': 'data/nope'}", "no dataset at data/nope")])
+def test_what_would_fail_later_fails_first(line, says, tmp_path, capsys):
+    path = tmp_path / "study.py"
+    path.write_text(SMOKE.read_text(encoding="utf-8") + "\n" + line, encoding="utf-8")
+    assert main([str(path), *places(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["studies/nothing.py"], "study not found"), ([SMOKE, "--scale=huge"], "no such scale"),
+    ([SMOKE, "--lerning_rate=1"], "unknown key"), ([SMOKE, "--rows=x"], "no row 'x'"),
+    ([SMOKE, "--redo=x"], "no row 'x'"), ([TRACK, "--on=x"], "no such row"),
+    ([TRACK, "--max_iters=5"], "max_iters must be the same for every row")])
+def test_errors_are_one_line(arguments, says, tmp_path, capsys):
+    assert main([*map(str, arguments), *places(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option, says", [("--seeds=a", "'a' is no list of whole numbers"),
+                                          ("--name=a/b", "'a/b': use letters"),
+                                          ("--jobs=0", "--jobs=0 must be at least 1")])
+def test_options_are_checked(option, says, capsys):
+    with pytest.raises(SystemExit):
+        main([str(SMOKE), option])
+    assert says in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# results, tables, docs
+
+def results_of(tmp_path, values, study=None):
+    """The results JSON's contents for {row: {rate: loss}}, from records only."""
+    study = study or tiny_study()
+    runs = {}
+    for cell, loss in losses_by(values).items():
+        record = {"curve": [[8, loss]], "params": 1100 if cell.row == "b" else 1000, "tokens": 8,
+                  "seconds": 1, "val_loss": loss, "state": "done", "code": "", "data": ""}
+        runs[cell] = Run([], {}, tmp_path, record)
+    return collect(study, "cpu", runs, list(runs), "", {})
+
+
+def test_the_table(tmp_path):
+    results = results_of(tmp_path, {"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {1e-3: 1.5, 2e-3: 3.0}})
+    text = tables.table(results)
+    assert "| b, +10.0% parameters | 3.1500 at 0.002 \\* | 2 | 1.6500 at 0.001 \\* | 2 |" in text
+    assert "| m | b | a | +2.0000 [+2.0000, +2.0000] | +0.5000 [+0.5000, +0.5000] |" in text
+    assert "+0.1000 (0.12B) | agrees |" in text and tables.EDGE in text
+    assert "still to be made" not in text
+
+
+def test_the_scaling_table_has_gain_and_multiplier(tmp_path):
+    study = tiny_study(picture="scaling", costs={"a race": 2.0}, models={
+        name: {**MODEL, "keys": {"n_layer": n}, "learning_rates": (1e-3,)}
+        for name, n in (("small", 1), ("large", 2))})
+    results = results_of(tmp_path, {}, study)
+    assert results["fits"] == []
+    losses = {Cell(model, row, 1e-3, seed): loss for model, a, b in (("small", 2.0, 1.9),
+                                                                     ("large", 1.8, 1.7))
+              for row, mean in (("a", a), ("b", b)) for seed, loss in ((1, mean), (2, mean + .01))}
+    results["fits"] = evidence.fit_scaling(study, losses, {"small": 1e12, "large": 2e12})
+    results["runs"] = [{**cell._asdict(), "state": "done", "seconds": 3 if cell.row == "b" else 2}
+                       for cell in losses]
+    results["results"] = summarize(study, losses)
+    text = "\n".join(tables.fit_lines(results))
+    fit, = results["fits"]
+    assert "b against a, 2 sizes: the pooled gain is −0.1000 [−0.1000, −0.1000]" in text
+    net = [f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, " for cost in (1.5, 2)]
+    assert f"{net[0]}these runs' median seconds at large), {net[1]}a race)" in text
+
+
+def test_the_cost_of_a_step_is_the_committed_benchmarks():
+    costs = load_study(FIGURE_6, "cpu").costs
+    bench = json.loads((ROOT / "results" / "bench_cpu.json").read_text(encoding="utf-8"))
+    race = bench["races"]["configs/quickstart_baseline.py"]["variants"]["unified"]
+    measured, predicted = costs.values()
+    assert measured == pytest.approx(race["time_over_baseline"]["median"], abs=0.001)
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"{predicted - 1:.1%}" in page
+
+
+def rounded(value):
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 9))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_committed_summaries_follow_from_their_runs(path):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    study = load_study(ROOT / "studies" / f"{results['study']}.py", results["scale"])
+    runs = {Cell(r["model"], r["row"], r["learning_rate"], r["seed"], r.get("tuning", False)): r
+            for r in results["runs"]}
+    losses = {cell: r.get("val_loss", math.inf) for cell, r in runs.items()}
+    assert rounded(summarize(study, losses)) == rounded(results["results"])
+    for cell, run in runs.items():  # so that the runs count as done where out/ is gone
+        config = flat(load_config([str(ROOT / study.models[cell.model].config), *(
+            f"--{key}={value}" for key, value in study.keys(cell).items())]))
+        assert run["settings"] == digest(settings_of(config)), cell
+    assert as_text(results) == path.read_text(encoding="utf-8")
+
+
+def test_docs_and_readme_hold_the_results_tables():
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        assert tables.fill(text) == text, f"{path.name}: run `python -m study.run --docs`"
+
+
+def test_every_difference_in_the_studies_page_is_in_its_table():
+    """A sentence may quote a number of the table that stands in its section, and no other."""
+    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    for section in re.split(r"^#+ ", page, flags=re.MULTILINE):
+        prose, table = tables.BLOCK.sub("", section), " ".join(
+            m[0] for m in tables.BLOCK.finditer(section))
+        for number in re.findall(r"[+−]0\.\d+(?: \[[^]]+\])?|\d\.\d\d \[[^]]+\]", prose):
+            assert number in table, f"{section.splitlines()[0]}: {number}"
+
+
+def test_docs_are_filled_and_damage_is_one_line(tmp_path):
+    results = results_of(tmp_path, {"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {1e-3: 1.5, 2e-3: 3.0}})
+    for folder in ("results", "docs"):
+        (tmp_path / folder).mkdir()
+    path = tmp_path / "results" / "s_cpu.json"
+    path.write_text(as_text(results), encoding="utf-8")
+    (tmp_path / "README.md").write_text("a <!-- results --><!-- end --> b", encoding="utf-8")
+    page = tmp_path / "docs" / "a.md"
+    page.write_text("<!-- study s_cpu -->x<!-- end --> <!-- study none_cpu -->\n<!-- end -->.",
+                    encoding="utf-8")
+    assert len(write_docs(tmp_path)) == 2 and write_docs(tmp_path) == []
+    assert tables.table(results) in page.read_text(encoding="utf-8")
+    assert "Not run yet." in page.read_text(encoding="utf-8")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("not run yet") == 5
+    for text in ("{}", "[]", "x"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="s_cpu.json does not hold a study's results"):
+            write_docs(tmp_path)
+
+
+def test_records_of_other_tools_are_passed_over(tmp_path):
+    (tmp_path / "bench.json").write_text('{"races": {}}', encoding="utf-8")
+    assert load_records(tmp_path) == {}
+    assert sum(map(len, load_records(ROOT / "results").values())) > 100
+
+
+def test_pictures_do_not_compare_what_cannot_be():
+    """A row that trains for longer is not drawn; of one with a diverged run the legend says so, and
+    no interval stands beside it. The paper's mark is in the legend where there is one."""
+    pytest.importorskip("matplotlib", reason="pictures need the optional package matplotlib")
+    from study.pictures import count, learning_rates, relative_loss
+    curves = {"a": [[10, 2.0], [20, 1.0]], "longer": [[10, 2.0], [20, 1.0], [30, 0.5]],
+              "b": [[10, 2.1], [20, 1.1]]}
+    at = {"model": "m", "learning_rate": 0.1, "state": "done"}
+    runs = [{**at, "row": row, "seed": seed, "val_loss": curve[-1][1], "curve": curve}
+            for row, curve in curves.items() for seed in (1, 2)]
+    runs.append({**at, "row": "b", "seed": 3, "state": "diverged", "curve": []})
+    found = {"tuned_rate": 0.1, "comparisons": []}
+    results = {"results": {"m": found}, "rows": dict.fromkeys(curves), "panels": [list(curves)],
+               "runs": runs}
+
+    def legend():
+        axis, = relative_loss(results).axes
+        return [text.get_text() for text in axis.get_legend().get_texts()], len(axis.lines)
+    assert legend() == (["a", "b, without 1 diverged"], 2)  # the zero line and b's curve
+    found["comparisons"] = [{"row": "b", "other": "a", "paper": {"0.12B": 0.1}}]
+    assert legend() == (["a", "b, without 1 diverged", "the paper's, at its size"], 4)
+    axis, = learning_rates(results).axes
+    lines = {line.get_label(): len(line.get_xdata()) for line in axis.lines}
+    assert lines["a"] == 1 and lines["b"] == 0
+    assert [count(n) for n in (0, 500_000, 1_280_000, 9_830_000_000)] == ["0", "0.5M", "1.28M",
+                                                                         "9.83B"]
+
+
+def test_without_matplotlib_the_results_are_written(tmp_path):
+    write_run(tmp_path / "runs" / "one", [CONFIG, "--seed=1", "--learning_rate=0.004"], 1.25)
+    blocked = ("import sys; sys.modules['scipy'] = sys.modules['matplotlib'] = None; "
+               "from study.run import main; sys.exit(main(sys.argv[1:]))")
+    command = [sys.executable, "-c", blocked, str(FIGURE_1), *places(tmp_path), "--evaluate"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install matplotlib" in done.stdout
+    assert read_results(tmp_path, "figure_1_necessity_cpu")["runs"]
