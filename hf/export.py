@@ -20,6 +20,7 @@ import argparse
 import base64
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -265,7 +266,8 @@ def write_tokenizer(encoding, folder, max_length):
         tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end,
         model_max_length=max_length, clean_up_tokenization_spaces=False)
     check_same_tokens(encoding, fast)
-    fast.save_pretrained(folder)
+    with inside(folder):
+        fast.save_pretrained(".")
 
 
 def check_same_tokens(encoding, tokenizer):
@@ -311,6 +313,18 @@ def new_folder(out):
         raise
 
 
+@contextlib.contextmanager
+def inside(folder):
+    """Work in `folder` for a while. safetensors and tokenizers take every path for UTF-8, which it
+    is not in every locale, but "." always is."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def export_run(run, out, max_shard_size="5GB"):
     """Write the newest checkpoint of `run` as a Hugging Face folder, in float32. Returns one line:
     what was written, and why. Raises ValueError or OSError."""
@@ -328,8 +342,8 @@ def export_run(run, out, max_shard_size="5GB"):
 
         if is_known(encoding):
             write_tokenizer(encoding, folder, model.config.block_size)
-        with quiet(transformers):
-            theirs.save_pretrained(folder, max_shard_size=max_shard_size)
+        with quiet(transformers), inside(folder):
+            theirs.save_pretrained(".", max_shard_size=max_shard_size)
         if not name:
             write_code(folder)
         card = model_card(run, model, keys, step, encoding, name, why)

@@ -321,7 +321,7 @@ def test_files_are_utf8_in_every_locale(dataset, tmp_path):
     model = write_run(tmp_path / "weiß", ON_QK)
     write_run(tmp_path / "stock", {})
     export.export_run(tmp_path / "stock", tmp_path / "stock_hf")
-    out, start_py = tmp_path / "out", tmp_path / "next, weiß" / "start.py"
+    out, start_py = tmp_path / "out, weiß", tmp_path / "next, weiß" / "start.py"
     done = run_program(
         "-X", "warn_default_encoding", "-c", BOTH_WAYS,
         tmp_path / "weiß", out, tmp_path / "stock_hf", start_py.parent, dataset,
