@@ -208,10 +208,10 @@ def weight_events(model):
     of each matrix, a stack of experts as one."""
     scales = named_scale_vectors(model)
     for name, scale in scales:
-        gamma, beta = scale(), getattr(scale, "beta", None)
+        gamma, beta = scale(), scale.beta
         numbers = torch.stack((gamma.mean(), gamma.std(unbiased=False), gamma.min(), gamma.max()))
         yield "scale", {"name": name, **dict(zip(("mean", "std", "min", "max"), numbers.tolist())),
-                        "beta": None if beta is None else beta.mean().item()}
+                        "beta": beta.mean().item() if torch.is_tensor(beta) else None}
     vectors = {p for _, scale in scales for p in scale.parameters()}
     for name, p in model.named_parameters():
         if p not in vectors:
