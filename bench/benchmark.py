@@ -1,92 +1,71 @@
 """
-Speed, as ratios from interleaved runs on one machine: median, and the range over the rounds.
+Speed, as ratios from interleaved runs on one machine: the median, and the range over the rounds.
 
-  python -m bench.benchmark train configs/baseline_120m.py --gradient_accumulation_steps=4 --out results/bench.json
-                                    training steps on random tokens: every variant of each config's shape, and a plain model
-                                    of nn.Linear and nn.RMSNorm as the yardstick. --key=value is given to every config
-  python -m bench.benchmark tokenize    prepare_data.py, from file to finished shards, against tiktoken's own batch call on texts that
-                                    are in memory already; same text, same threads. Then the peak memory of a longer run
-  python -m bench.benchmark loader      fetching a batch against a training step at the 120m shape (one sequence a step on a CPU)
+  python -m bench.benchmark train configs/baseline_120m.py --gradient_accumulation_steps=4 \\
+      --out results/bench.json
+      Training steps on random tokens: every variant of each config's shape beside two peers that
+      use none of our modules, nanoGPT's block and the baseline in nn.Linear and nn.RMSNorm
+      (plain). --key=value is given to every config.
+  python -m bench.benchmark cpu --rounds=40 --threads=1,2
+      The files that docs/performance.md quotes: the quickstart's shape, compiled and eager, for
+      each number of threads (default: 1), in results/ or the folder of --out.
+  python -m bench.benchmark tokenize
+      prepare_data.py, from file to finished shards, against tiktoken's own batch call, and the
+      peak memory of a longer run.
+  python -m bench.benchmark loader
+      Fetching a batch against a training step at the 120m shape.
 """
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.data import loader, tokenize
 from bench.plain import NanoGPT, PlainGPT
+from bench.timing import machine, spread, timed, versions
 from lib.config import load_config
-from lib.data import Split, get_encoding, shard_header, window_numbers
 from lib.disk import write_whole
-from lib.process import Process, compile_model, to_device
+from lib.process import Process, compile_model
 from model import GPT
 from optim import make_optimizer, param_groups
-from prepare_data import find_files, prepare
 from train import training_step
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = {"nanoGPT": NanoGPT, "plain": PlainGPT}  # not of our modules; dense only
-VARIANTS = {**dict.fromkeys(PEERS),
-            "none": {"scale_vectors": False},
-            "baseline": {},
-            "HG": {"scale_heterogeneous": True},
-            "HG+DP+OR": {"scale_heterogeneous": True, "scale_placement": "dual", "scale_reparam": "original"},
-            "unified": {"scale_heterogeneous": True, "scale_placement": "dual_norm", "scale_reparam": "original"}}
-# Linux's own count for a process; getrusage would count its parent, too
-PEAK = """import prepare_data
-prepare_data.main()
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
+PEERS = {"nanoGPT": NanoGPT, "plain": PlainGPT}  # dense only
+HG = {"scale_heterogeneous": True}
+VARIANTS = {
+    "none": {"scale_vectors": False},
+    "baseline": {},
+    "HG": HG,
+    "HG+DP+OR": {**HG, "scale_placement": "dual", "scale_reparam": "original"},
+    "unified": {**HG, "scale_placement": "dual_norm", "scale_reparam": "original"},
+}
+NAMES = [*PEERS, *VARIANTS]
+ATTENTION = "aten::_scaled_dot_product_"  # what the names of its kernels begin with
 
 
-def timed(function, clock=time.perf_counter):
-    """Seconds that function() takes, the device's work included."""
-    started = clock()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - started
+def say(line):
+    print(line, flush=True)
 
 
-def spread(values):
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def median_and_range(values, form=".2f"):
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}}, {len(values)} rounds)"
-
-
-def machine():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-
-
-def versions():
-    found = {"python": platform.python_version(), "torch": torch.__version__, "machine": machine(), "threads": torch.get_num_threads()}
-    return {**found, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if torch.cuda.is_available() else found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train
+# ---- one contestant ------------------------------------------------------------------------------
 
 class RandomBatches:
-    """What train.Batches gives, of tokens drawn once."""
+    """The part of train.Batches that a step uses, with tokens drawn once."""
 
     def __init__(self, config, device):
-        generator = torch.Generator().manual_seed(0)
         self.micro_steps = config.gradient_accumulation_steps
-        tokens = torch.randint(config.model.vocab_size, (config.batch_size, config.model.block_size + 1), generator=generator).to(device)
+        generator = torch.Generator().manual_seed(0)
+        shape = config.batch_size, config.model.block_size + 1
+        tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
         self.x, self.y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def fetch(self):
@@ -94,34 +73,43 @@ class RandomBatches:
 
 
 class Contestant:
-    """A variant ready to take steps. All but `plain` share their matrices and AdamW's moments of them with `first`, so that the
-    largest models fit beside each other."""
+    """A model ready to take steps. Variants share their matrices, and AdamW's moments of them, with
+    `first`, so that the largest fit beside each other."""
 
     def __init__(self, name, config, process, first=None):
-        self.name, self.config, self.process, keys = name, config, process, VARIANTS[name]
+        self.name, self.config, self.process = name, config, process
         torch.manual_seed(0)
         with process.device:
-            self.model = PEERS[name](config.model) if keys is None else GPT(dataclasses.replace(config.model, **keys))
-        shares = keys is not None and first is not None
-        if shares:
-            matrices = {n: p for n, p in first.model.named_parameters() if n.endswith(".weight")}
-            for n, p in matrices.items():
-                parent, _, child = n.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, p)
+            if name in PEERS:
+                self.model = PEERS[name](config.model)
+                groups = self.model.groups(config.weight_decay)
+            else:
+                self.model = GPT(dataclasses.replace(config.model, **VARIANTS[name]))
+                shared = self.share_matrices(first.model) if first else []
+                groups = param_groups(self.model, config.weight_decay)
         self.model.compute_dtype = process.dtype
-        groups = self.model.groups(config.weight_decay) if keys is None else param_groups(self.model, config.weight_decay)
-        self.optimizer = make_optimizer(groups, config.optimizer, 1e-5, fused=process.device.type == "cuda")
-        if shares and config.optimizer == "adamw":
-            self.optimizer.state.update({p: first.optimizer.state[p] for p in matrices.values()})
+        self.optimizer = make_optimizer(groups, config.optimizer, 1e-5,
+                                        fused=process.device.type == "cuda")
+        if first and config.optimizer == "adamw":
+            self.optimizer.state.update({p: first.optimizer.state[p] for p in shared})
         self.batches = RandomBatches(config, process.device)
         if process.compile:
             compile_model(self.model)
 
+    def share_matrices(self, model):
+        """Put another variant's matrices in place of our own. Returns them."""
+        matrices = {n: p for n, p in model.named_parameters() if n.endswith(".weight")}
+        for name, p in matrices.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, p)
+        return list(matrices.values())
+
     def step(self):
-        loss, norm, _, _ = training_step(self.model, self.model, self.optimizer, self.batches, 1e-5, self.config.grad_clip,
-                                         self.process, False)
+        loss, norm, _, _ = training_step(self.model, self.model, self.optimizer, self.batches, 1e-5,
+                                         self.config.grad_clip, self.process, False)
         if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise FloatingPointError(f"{self.name}: loss {loss}, gradient norm {norm} were not finite: such a step makes no update")
+            raise FloatingPointError(f"{self.name}: loss {loss}, gradient norm {norm}: a step that "
+                                     f"is not finite makes no update, and its time means nothing")
 
     def memory(self):
         """Peak bytes of a step, {"allocated", "reserved"}; None on a CPU."""
@@ -130,187 +118,200 @@ class Contestant:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self.step()
-        return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        return {"allocated": torch.cuda.max_memory_allocated(),
+                "reserved": torch.cuda.max_memory_reserved()}
 
     def attention(self):
-        """Which kernels F.scaled_dot_product_attention has chosen, by the profiler."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        """The kernels that PyTorch has chosen for attention, by the profiler."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
             self.step()
-        return sorted({e.key.removeprefix("aten::_scaled_dot_product_") for e in profile.key_averages()
-                       if e.key.startswith("aten::_scaled_dot_product_") and "backward" not in e.key})
+        kernels = {event.key for event in profile.key_averages()}
+        return sorted(k.removeprefix(ATTENTION) for k in kernels
+                      if k.startswith(ATTENTION) and not k.endswith("backward"))
 
+
+# ---- the race ------------------------------------------------------------------------------------
 
 def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def interleave(contestants, rounds, say, clock=time.perf_counter):
-    """{name: seconds of a step in each round}: one step of each in turn, each round begun by the next one."""
+def line_up(config, names, process):
+    """The contestants, each after two steps: the first compiles and makes AdamW's moments."""
+    # PyTorch silently runs eagerly after too many variants of one function: forget other races',
+    # and be told
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    contestants = []
+    for name in names:
+        first = next((c for c in contestants if c.name in VARIANTS), None)
+        contestant = Contestant(name, config, process, first if name in VARIANTS else None)
+        say(f"  {name}: first step {timed(contestant.step):.1f} s")
+        contestant.step()
+        contestants.append(contestant)
+    return contestants
+
+
+def interleave(contestants, rounds, clock=time.perf_counter):
+    """{name: seconds of a step in each round}: one step of each in turn; the next one begins the
+    next round."""
     seconds = {c.name: [] for c in contestants}
     for number in range(rounds):
         turn = number % len(contestants)
         for c in contestants[turn:] + contestants[:turn]:
             seconds[c.name].append(timed(c.step, clock))
-        say(f"  round {number + 1}/{rounds}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))
+        last = ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items())
+        say(f"  round {number + 1}/{rounds}: {last}")
     return seconds
 
 
-def race(config, names, rounds, say):
-    """Times of the variants at one shape. -> a dict for JSON."""
+def choose_clock(device):
+    """On one thread of a CPU the processor's time in this process: other programs disturb it less.
+    Several threads spin while they wait, which that clock counts."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+    return time.perf_counter
+
+
+def describe(contestant, seconds, tokens):
+    """The row of one contestant, from everyone's seconds."""
+    own = seconds[contestant.name]
+    rate = tokens / statistics.median(own)
+    row = {"seconds": own, "tokens_per_s": rate, "memory": contestant.memory()}
+    for other in ("nanoGPT", "plain", "baseline"):
+        if other in seconds:
+            ratios = [a / b for a, b in zip(own, seconds[other])]
+            row[f"time_over_{other}"] = spread(ratios)
+    if peak := contestant.process.peak_flops():
+        row["mfu"] = rate * contestant.model.flops_per_token() / peak
+        row["mfu_causal"] = rate * contestant.model.flops_per_token(causal=True) / peak
+    return row
+
+
+def race(config, names, rounds):
+    """Times of the named contestants at one shape. -> a dict for JSON."""
     process = Process()
     process.start(config)
-    torch._dynamo.reset()  # PyTorch goes over to eager, in silence, after so many variants of one function: forget other races, and
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # be told
-    contestants, before = [], graphs()
-    for name in names:
-        first = next((c for c in contestants if VARIANTS[c.name] is not None), None)
-        contestants.append(c := Contestant(name, config, process, first))
-        say(f"  {name}: first step {timed(c.step):.1f} s")  # compiles, and makes AdamW's moments
-        c.step()
+    before = graphs()
+    contestants = line_up(config, names, process)
     compiled = graphs()
-    # on a CPU the processor's time in this process: other programs disturb it less
-    clock = time.perf_counter if process.device.type == "cuda" else time.process_time
-    seconds = interleave(contestants, rounds, say, clock)
-    recompiled, tokens = graphs() - compiled, config.batch_size * config.gradient_accumulation_steps * config.model.block_size
-    rows = {}
-    for c in contestants:
-        rate = tokens / statistics.median(seconds[c.name])
-        rows[c.name] = row = {"seconds": seconds[c.name], "tokens_per_s": rate, "memory": c.memory()}
-        for other in ("nanoGPT", "plain", "baseline"):
-            if other in seconds:
-                row[f"time_over_{other}"] = spread([a / b for a, b in zip(seconds[c.name], seconds[other])])
-        if peak := process.peak_flops():
-            row["mfu"], row["mfu_causal"] = (rate * c.model.flops_per_token(causal) / peak for causal in (False, True))
-    model = dataclasses.asdict(config.model)
-    return {"shape": {key: value for key, value in model.items() if not key.startswith("scale_")}, "batch_size": config.batch_size,
-            "micro_steps": config.gradient_accumulation_steps, "optimizer": config.optimizer, "dtype": str(process.dtype)[6:],
-            "clock": clock.__name__, "compiled": process.compile, "graphs": compiled - before, "recompiled_in_the_rounds": recompiled,
-            "attention": contestants[0].attention(), "variants": rows}
+    clock = choose_clock(process.device)
+    seconds = interleave(contestants, rounds, clock)
+    recompiled = graphs() - compiled
+    tokens = config.batch_size * config.gradient_accumulation_steps * config.model.block_size
+    shape = {key: value for key, value in dataclasses.asdict(config.model).items()
+             if not key.startswith("scale_")}
+    return {
+        "shape": shape,
+        "batch_size": config.batch_size,
+        "micro_steps": config.gradient_accumulation_steps,
+        "optimizer": config.optimizer,
+        "dtype": str(process.dtype).removeprefix("torch."),
+        "clock": clock.__name__,
+        "compiled": process.compile,
+        "graphs": compiled - before,
+        "recompiled_in_the_rounds": recompiled,
+        "attention": contestants[-1].attention(),
+        "variants": {c.name: describe(c, seconds, tokens) for c in contestants},
+    }
 
 
 def table(result):
-    """The rows of a race, for people."""
-    lines = [f"{'':24s} {'time / baseline':>28s} {'time / nanoGPT':>28s} {'tokens/s':>10s} {'MFU':>6s} {'causal':>6s} {'peak GB':>8s}"]
+    """A race for people: a row for each contestant, and what was run."""
+    lines = [f"{'':10s} {'time / baseline':>24s} {'time / nanoGPT':>24s} {'tokens/s':>10s} "
+             f"{'MFU':>6s} {'causal':>6s} {'peak GB':>8s}"]
     for name, row in result["variants"].items():
-        ratios = [f"{r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f})" if (r := row.get(f"time_over_{other}")) else ""
-                  for other in ("baseline", "nanoGPT")]
+        cells = [f"{name:10s}"]
+        for other in ("baseline", "nanoGPT"):
+            r = row.get(f"time_over_{other}")
+            cells.append(f"{r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f})" if r else "")
         mfu = [f"{row[key]:.1%}" if key in row else "" for key in ("mfu", "mfu_causal")]
         memory = f"{row['memory']['allocated'] / 1e9:.2f}" if row["memory"] else ""
-        lines.append(f"{name:24s} {ratios[0]:>28s} {ratios[1]:>28s} {row['tokens_per_s']:10,.0f} {mfu[0]:>6s} {mfu[1]:>6s} {memory:>8s}")
+        lines.append(f"{cells[0]} {cells[1]:>24s} {cells[2]:>24s} {row['tokens_per_s']:10,.0f} "
+                     f"{mfu[0]:>6s} {mfu[1]:>6s} {memory:>8s}")
+    lines.append(f"{result['dtype']}, attention: {', '.join(result['attention'])}; "
+                 f"{result['graphs']} graphs, {result['recompiled_in_the_rounds']} more in the "
+                 f"rounds")
     return "\n".join(lines)
 
 
-def train(argv, names, rounds, out):
-    """Race the variants at each config's shape; print tables, write JSON to `out` after each."""
-    configs, keys = [a for a in argv if not a.startswith("--")], [a for a in argv if a.startswith("--")]
-    if not configs:
-        raise ValueError("which shape? Name one or more configs: python -m bench.benchmark train configs/quickstart_baseline.py")
-    if unknown := [name for name in names if name not in VARIANTS]:
-        raise ValueError(f"--variants names {unknown[0]!r}: choose among {','.join(VARIANTS)}")
-    def say(line):
-        print(line, flush=True)
+# ---- the commands --------------------------------------------------------------------------------
 
-    loaded, results = [load_config([path, *keys]) for path in configs], {"versions": versions(), "rounds": rounds, "races": {}}
-    for path, config in zip(configs, loaded):
+def train(argv, names, rounds, out):
+    """Race the contestants at each config's shape; print tables, write JSON to `out` after each."""
+    paths = [arg for arg in argv if not arg.startswith("--")]
+    keys = [arg for arg in argv if arg.startswith("--")]
+    if not paths:
+        raise ValueError("no config given: name one or more, such as "
+                         "`python -m bench.benchmark train configs/quickstart_baseline.py`")
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"--variants names {unknown[0]!r}: choose among {','.join(NAMES)}")
+    configs = {path: load_config([path, *keys]) for path in paths}
+    results = {"versions": versions(), "rounds": rounds, "races": {}}
+    say(f"{machine()}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}")
+    if out:  # before the work: a place that cannot be made is reported at once
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    for path, config in configs.items():
         usable = [n for n in names if n not in PEERS or not config.model.n_expert]
-        say(f"{path}: {config.batch_size} x {config.model.block_size} tokens, {config.gradient_accumulation_steps} micro-steps")
-        results["races"][path] = result = race(config, usable, rounds, say)
-        say(f"{table(result)}\n{result['graphs']} graphs, {result['recompiled_in_the_rounds']} more in the rounds; "
-            f"attention: {', '.join(result['attention'])}")
+        say(f"{path}: {config.batch_size} x {config.model.block_size} tokens, "
+            f"{config.gradient_accumulation_steps} micro-steps")
+        results["races"][path] = result = race(config, usable, rounds)
+        say(table(result))
         if out:
-            write_whole(out, json.dumps(results, indent=1) + "\n", "choose another --out")
+            write_whole(Path(out), json.dumps(results, indent=1) + "\n", "choose another --out")
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
-
-def tokenize(rounds, encoding_name, copies):
-    """Prints how fast prepare_data.py is in units of encode_ordinary_batch, and its peak memory on `copies` times the text."""
-    encoding, cores = get_encoding(encoding_name), os.cpu_count()
-    stdlib = find_files([sysconfig.get_paths()["stdlib"]], site_packages=False)
-    texts = [path.read_text("utf-8", "ignore") for path, _ in stdlib if path.suffix == ".py"]
-    size = sum(len(t.encode()) for t in texts)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "stdlib.jsonl")
-        with open(source, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        ratios, speeds = [], []
-        for number in range(rounds):
-            batch = timed(lambda: encoding.encode_ordinary_batch(texts, num_threads=cores))
-            with contextlib.redirect_stdout(io.StringIO()):
-                ours = timed(lambda: prepare(find_files([source]), f"{folder}/{number}", encoding_name, "bench", workers=cores))  # noqa: B023
-            ratios.append(batch / ours)
-            speeds.append(size / ours / 1e6)
-            print(f"  round {number + 1}/{rounds}: tiktoken {batch:.2f} s, prepare_data {ours:.2f} s", flush=True)
-        print(f"{encoding_name}, {size / 1e6:.0f} MB of text, {cores} threads, {machine()}: prepare_data at "
-              f"{median_and_range(speeds, '.1f')} MB/s, {median_and_range(ratios)} x encode_ordinary_batch")
-        with open(source, "w", encoding="utf-8") as f:
-            for _ in range(copies):
-                f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        for threads in sorted({cores, 16}):
-            command = [sys.executable, "-c", PEAK, source, "--encoding", encoding_name,
-                       "--out", f"{folder}/long{threads}", "--workers", str(threads)]
-            peak = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-            print(f"peak memory on {copies * size / 1e6:.0f} MB of text with {threads} threads: "
-                  f"{int(peak.stdout.split()[-1]) / 1024:.0f} MB")
+def cpu(keys, names, rounds, threads, folder):
+    """The files of docs/performance.md, each by `train` in a process of its own."""
+    for count in threads:
+        for stem, compiled in (("bench_cpu", True), ("bench_cpu_eager", False)):
+            suffix = "" if count == 1 else f"_{count}_threads"
+            out = Path(folder, f"{stem}{suffix}.json").resolve()
+            command = [sys.executable, "-m", "bench.benchmark", "train",
+                       "configs/quickstart_baseline.py", "--device=cpu", f"--compile={compiled}",
+                       f"--variants={','.join(names)}", f"--rounds={rounds}", f"--out={out}", *keys]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(count)}
+            if status := subprocess.run(command, cwd=ROOT, env=environment).returncode:
+                sys.exit(status)  # it has printed why
+            say(f"wrote {out}")
 
 
-def loader(rounds):
-    """Prints which share of a training step fetching its batch takes, as if the device did not work meanwhile. A micro-batch is
-    fetched whole; a CPU trains on its first sequence only, and the share is taken for each sequence."""
-    config, process = load_config([str(ROOT / "configs" / "baseline_120m.py")]), Process()
-    process.start(config)
-    device, shape = process.device, config.model
-    fetched, trained = config.batch_size, config.batch_size if device.type == "cuda" else 1
-    model = GPT(shape).to(device)
-    model.compute_dtype = process.dtype
-    if process.compile:
-        compile_model(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path, tokens = Path(folder, "train.bin"), 100_000_000
-        ids = np.random.default_rng(0).integers(shape.vocab_size, size=tokens, dtype=np.uint16)
-        path.write_bytes(shard_header(tokens, 2) + ids.tobytes())
-        split, position = Split([path], shape.block_size, shape.vocab_size), [0]
-
-        def fetch():
-            position[0] += fetched
-            return to_device(split[window_numbers(position[0], fetched, len(split), seed=1)], device)
-
-        def step():
-            model(*batch)[1].backward()
-            model.zero_grad(set_to_none=True)
-
-        batch = tuple(tensor[:trained] for tensor in fetch())
-        step()
-        fetches, shares = [], []
-        for number in range(rounds):
-            fetches.append(timed(lambda: [fetch() for _ in range(20)]) / 20)
-            shares.append(fetches[-1] / fetched / (timed(step) / trained))
-            print(f"  round {number + 1}/{rounds}: {fetches[-1] * 1e3:.3f} ms, {shares[-1]:.4%} of a step", flush=True)
-    rate = fetched * shape.block_size / statistics.median(fetches)
-    print(f"{fetched} x {shape.block_size} tokens, {machine()}: fetching takes {median_and_range(shares, '.4%')} of a forward and "
-          f"backward pass.\n{rate / 1e6:.0f}M tokens/s: under 2% of a step for every process that trains at less than "
-          f"{rate / 50e6:.2f}M tokens/s")
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "cpu", "tokenize", "loader"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--variants", default=",".join(NAMES),
+                        help="train and cpu: some of the default's (default: %(default)s)")
+    parser.add_argument("--threads", default="1", help="cpu: such as 1,2 (default: 1)")
+    parser.add_argument("--out", help="train: a JSON file for every number; cpu: a folder")
+    parser.add_argument("--encoding", default="gpt2",
+                        help="tokenize: bytes or a tiktoken name (default: gpt2)")
+    parser.add_argument("--copies", type=int, default=8,
+                        help="tokenize: the memory run's text, in copies (default: 8)")
+    args, rest = parser.parse_known_args(argv)
+    if args.rounds < 1 or args.copies < 1:
+        raise ValueError("--rounds and --copies must be at least 1")
+    if not all(part.isdigit() and int(part) for part in args.threads.split(",")):
+        raise ValueError(f"--threads={args.threads} must be numbers of at least 1, such as 1,2")
+    keys_only = all(arg.startswith("--") for arg in rest)
+    if rest and not (args.command == "train" or args.command == "cpu" and keys_only):
+        raise ValueError(f"{args.command} does not know {rest[0]}")
+    return args, rest
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "tokenize", "loader"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"train: which, of {', '.join(VARIANTS)} (default: all)")
-    parser.add_argument("--out", help="train: a JSON file for every number")
-    parser.add_argument("--encoding", default="gpt2", help="tokenize: bytes or a tiktoken name (default: gpt2)")
-    parser.add_argument("--copies", type=int, default=8, help="tokenize: the memory run's text, in copies (default: 8)")
-    args, rest = parser.parse_known_args(argv)
     try:
-        if args.rounds < 1 or args.copies < 1:
-            raise ValueError("--rounds and --copies must be at least 1")
-        if rest and args.what != "train":
-            raise ValueError(f"{args.what} does not know {rest[0]}")
-        if args.what == "train":
-            train(rest, [name.strip() for name in args.variants.split(",")], args.rounds, args.out)
-        elif args.what == "tokenize":
+        args, rest = parse(argv)
+        names = [name.strip() for name in args.variants.split(",")]
+        if args.command == "train":
+            train(rest, names, args.rounds, args.out)
+        elif args.command == "cpu":
+            threads = [int(part) for part in args.threads.split(",")]
+            cpu(rest, names, args.rounds, threads, args.out or ROOT / "results")
+        elif args.command == "tokenize":
             tokenize(args.rounds, args.encoding, args.copies)
         else:
             loader(args.rounds)

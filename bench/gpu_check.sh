@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
-# What to run first on a new GPU, each part meant for ten minutes of one H100 (no one has timed it there yet); writes results/gpu_A.json, gpu_B.json, gpu_C.json.
+# The first thing to run on a new GPU, in three parts of at most ten minutes each on one H100
+# (nobody has run them there yet). Results: results/gpu_A.json, gpu_B.json, gpu_C.json.
 #
-#   bash bench/gpu_check.sh A    is it right? every CUDA test of the suite, and numbers that a test cannot judge; the card's ceilings
-#   bash bench/gpu_check.sh B    is it fast? 0.12B, 0.5B, MoE-0.5B; the head alone; the optimizers
-#   bash bench/gpu_check.sh C    1B, MoE-1B; a profile
-#   bash bench/gpu_check.sh toy  all three at toy shapes on whatever there is, as is done without CUDA: it only shows that they run
+#   bash bench/gpu_check.sh A    Is it right? The CUDA tests, compiled bfloat16 against float64 and
+#                                float32, two minutes of training at 0.12B, a resumed run.
+#   bash bench/gpu_check.sh B    Is it fast? 0.12B, 0.5B and MoE-0.5B; the head; the optimizers.
+#   bash bench/gpu_check.sh C    1B, with PyTorch's choice of attention and of fused reductions
+#                                against others; a profile; MoE-1B.
+#   bash bench/gpu_check.sh toy  All three at toy shapes: shows that they run. This is what happens
+#                                without CUDA, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"which part? bash bench/gpu_check.sh A, B, C or toy"}
+part=${1:?"no part given: bash bench/gpu_check.sh A, B, C or toy"}
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no CUDA here: toy shapes, into out/gpu_check"
     part=toy
 fi
+
+check() {  # PART SECONDS; each finished check is in the file when the time is over
+    local status=0
+    timeout "$2" python -m bench.gpu_check "$1" --out results || status=$?
+    if [ "$status" = 124 ]; then echo "LOOK: stopped after $2 s; results/gpu_$1.json is partial"; fi
+    return "$status"
+}
+
 case $part in
-    A) python -m pytest -q -m "" -k cuda || echo "LOOK: a CUDA test failed"
-       python -m bench.gpu_check A --out results ;;
-    B | C) python -m bench.gpu_check "$part" --out results ;;
+    A) timeout 150 python -m pytest -q -m "" -k cuda || echo "LOOK: a CUDA test failed or was slow"
+       check A 450 ;;
+    B | C) check "$part" 600 ;;
     toy) for each in A B C; do python -m bench.gpu_check "$each" --out out/gpu_check --toy; done ;;
     *) echo "error: no part $part: choose A, B, C or toy" >&2; exit 2 ;;
 esac

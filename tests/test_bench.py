@@ -1,10 +1,12 @@
 """
-Proves that bench/benchmark.py races what it says: its yardstick is the baseline's function, its variants share matrices and optimizer
-state and train all the same, its table follows from its times; and that bench/gpu_check.sh runs to its end without a GPU.
+Proves that bench/benchmark.py races what it says: its yardstick is the baseline's function, its
+variants share matrices and optimizer state and train all the same, its table follows from its
+times; and that bench/gpu_check.sh runs to its end without a GPU.
 """
 import json
 import statistics
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,120 +15,172 @@ from conftest import ROOT, TINY, tiny_batch, tiny_gpt
 from bench import benchmark as bench
 from bench import gpu_check
 from bench.plain import PlainGPT
+from bench.timing import processor
 from lib.config import load_config
 from lib.process import Process
 from model import GPTConfig
 
-SHAPE = [f"--{key}={value}" for key, value in TINY.items()] + ["--batch_size=2", "--gradient_accumulation_steps=2", "--device=cpu"]
-CONFIG = str(ROOT / "configs" / "quickstart_baseline.py")
+SHAPE = [f"--{key}={value}" for key, value in TINY.items()]
+SHAPE += ["--batch_size=2", "--gradient_accumulation_steps=2", "--device=cpu"]
+CONFIG = "configs/quickstart_baseline.py"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def same_weights(model, plain):
+    """[(parameter of plain, our parameters that it stands for)]."""
+    pairs = [(plain.embedding.weight, [model.embedding.weight]),
+             (plain.head.weight, [model.head.weight]),
+             (plain.norm.weight, [model.head.scale_in.alpha])]
+    for layer, theirs in zip(model.layers, plain.layers):
+        attn, mlp = layer.attn, layer.mlp
+        pairs += [(theirs.qkv.weight, [attn.q.weight, attn.k.weight, attn.v.weight]),
+                  (theirs.o.weight, [attn.o.weight]),
+                  (theirs.gate_up.weight, [mlp.gate.weight, mlp.up.weight]),
+                  (theirs.down.weight, [mlp.down.weight]),
+                  (theirs.norm1.weight, [attn.q.scale_in.alpha]),
+                  (theirs.norm2.weight, [mlp.gate.scale_in.alpha])]
+    return pairs
 
 
 def test_the_yardstick_is_the_baselines_function():
-    """Same weights, in float64: loss and gradients to 1e-12, the flops of both kinds, and every parameter in one group."""
+    """Same weights in float64: same loss and gradients, to 1e-12, and the same FLOPs."""
     model, plain = tiny_gpt(torch.float64), PlainGPT(GPTConfig(**TINY)).double()
     plain.compute_dtype = torch.float64
-    ours = {}
-    for layer, theirs in zip(model.layers, plain.layers):
-        attn, mlp = layer.attn, layer.mlp
-        ours |= {theirs.qkv.weight: [attn.q.weight, attn.k.weight, attn.v.weight], theirs.o.weight: [attn.o.weight],
-                 theirs.gate_up.weight: [mlp.gate.weight, mlp.up.weight], theirs.down.weight: [mlp.down.weight],
-                 theirs.norm1.weight: [attn.q.scale_in.alpha], theirs.norm2.weight: [mlp.gate.scale_in.alpha]}
-    ours |= {plain.embedding.weight: [model.embedding.weight], plain.head.weight: [model.head.weight],
-             plain.norm.weight: [model.head.scale_in.alpha]}
-    assert set(ours) == set(plain.parameters()) and sum(map(len, ours.values())) == len(list(model.parameters()))
+    pairs = same_weights(model, plain)
+    assert {p for p, _ in pairs} == set(plain.parameters())
+    assert sum(len(ours) for _, ours in pairs) == len(list(model.parameters()))
     with torch.no_grad():
-        for p, parts in ours.items():
-            p.copy_(torch.cat(parts))
+        for p, ours in pairs:
+            p.copy_(torch.cat(ours))
     losses = [m(*tiny_batch())[1] for m in (model, plain)]
-    assert (losses[0] - losses[1]).abs() < 1e-12
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
     for loss in losses:
         loss.backward()
-    for p, parts in ours.items():
-        torch.testing.assert_close(p.grad, torch.cat([part.grad for part in parts]), rtol=0, atol=1e-12)
-    assert all(plain.flops_per_token(causal) == model.flops_per_token(causal) for causal in (False, True))
+    for p, ours in pairs:
+        expected = torch.cat([q.grad for q in ours])
+        torch.testing.assert_close(p.grad, expected, rtol=0, atol=1e-12)
+    for causal in (False, True):
+        assert plain.flops_per_token(causal) == model.flops_per_token(causal)
     grouped = [p for group in plain.groups(0.1) for _, p in group["params"]]
-    assert len(grouped) == len(set(grouped)) == len(ours)
+    assert len(grouped) == len(set(grouped)) == len(pairs)
 
 
 def test_train(tmp_path):
-    out = tmp_path / "bench.json"
-    bench.train([CONFIG, *SHAPE], list(bench.VARIANTS), rounds=3, out=out)
-    result = json.loads(out.read_text())
+    out = tmp_path / "results" / "bench.json"
+    bench.train([CONFIG, *SHAPE], bench.NAMES, rounds=3, out=out)
+    result = json.loads(out.read_text("utf-8"))
     assert result["versions"]["torch"] == torch.__version__
     race = result["races"][CONFIG]
     rows = race["variants"]
-    assert list(rows) == list(bench.VARIANTS) and race["micro_steps"] == 2 and race["recompiled_in_the_rounds"] == 0
+    assert list(rows) == bench.NAMES
+    assert race["micro_steps"] == 2 and race["recompiled_in_the_rounds"] == 0
     assert race["attention"] == ["flash_attention_for_cpu"]
     for row in rows.values():
         assert len(row["seconds"]) == 3
-        assert row["tokens_per_s"] == pytest.approx(2 * 2 * 16 / statistics.median(row["seconds"]))
-        paired = [a / b for a, b in zip(row["seconds"], rows["baseline"]["seconds"])]
-        assert row["time_over_baseline"] == {"median": statistics.median(paired), "min": min(paired), "max": max(paired)}
-    assert rows["baseline"]["time_over_baseline"] == {"median": 1, "min": 1, "max": 1}
-    assert bench.table(race).count("\n") == len(rows)
+        assert row["tokens_per_s"] == pytest.approx(64 / statistics.median(row["seconds"]))
+        ratios = [a / b for a, b in zip(row["seconds"], rows["baseline"]["seconds"])]
+        assert row["time_over_baseline"] == {"median": statistics.median(ratios),
+                                             "min": min(ratios), "max": max(ratios)}
+    table = bench.table(race).splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == bench.NAMES
+
+
+def test_cpu_writes_a_file_for_each_way_and_number_of_threads(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, cwd, env):
+        calls.append((command[4], "--compile=True" in command, env["OMP_NUM_THREADS"],
+                      next(a for a in command if a.startswith("--out=")).split("/")[-1]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    bench.main(["cpu", "--threads=1,2", f"--out={tmp_path}"])
+    assert calls == [(CONFIG, True, "1", "bench_cpu.json"),
+                     (CONFIG, False, "1", "bench_cpu_eager.json"),
+                     (CONFIG, True, "2", "bench_cpu_2_threads.json"),
+                     (CONFIG, False, "2", "bench_cpu_eager_2_threads.json")]
 
 
 def test_contestants_share_what_is_large():
-    """Their matrices and AdamW's moments of them are one and the same; each has its own vectors, and a step moves both."""
+    """Matrices and AdamW's moments of them are one and the same, vectors are each one's own."""
     config, process = load_config([CONFIG, *SHAPE]), Process()
     process.start(config)
     first = bench.Contestant("baseline", config, process)
     first.step()
     second = bench.Contestant("unified", config, process, first)
-    shared = {n: p for n, p in second.model.named_parameters() if any(p is q for q in first.model.parameters())}
-    assert set(shared) == {n for n, p in first.model.named_parameters() if "scale" not in n}
-    W, gamma = shared["layers.0.attn.o.weight"], second.model.layers[0].attn.q.scale_out.alpha
-    before, steps = (W.clone(), gamma.clone()), first.optimizer.state[W]["step"].item()
+    theirs = set(first.model.parameters())
+    shared = {n: p for n, p in second.model.named_parameters() if p in theirs}
+    assert set(shared) == {n for n, _ in first.model.named_parameters() if "scale" not in n}
+    W = shared["layers.0.attn.o.weight"]
+    gamma = second.model.layers[0].attn.q.scale_out.alpha
+    before = W.clone(), gamma.clone()
     second.step()
     assert (W != before[0]).any() and (gamma != before[1]).any()
-    assert first.optimizer.state[W]["step"] == steps + 1 and second.optimizer.state[gamma]["step"] == 1
+    assert first.optimizer.state[W]["step"] == 2
+    assert second.optimizer.state[gamma]["step"] == 1
 
 
 def test_interleave():
     """Each round is begun by the next contestant."""
     order = []
+    contestants = [SimpleNamespace(name=name, step=lambda name=name: order.append(name))
+                   for name in "abc"]
+    seconds = bench.interleave(contestants, rounds=4)
+    assert "".join(order) == "abc" "bca" "cab" "abc"
+    assert all(len(times) == 4 for times in seconds.values())
 
-    class Silent:
-        def __init__(self, name):
-            self.name = name
 
-        def step(self):
-            order.append(self.name)
-
-    seconds = bench.interleave([Silent(name) for name in "abc"], 4, lambda line: None)
-    assert "".join(order) == "abc" "bca" "cab" "abc" and all(len(times) == 4 for times in seconds.values())
+def test_processor(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: Xeon 9\nflags\t\t: fpu avx2 amx_bf16\n", encoding="utf-8")
+    assert processor(cpuinfo) == "Xeon 9 (avx2, amx_bf16)"
+    assert processor(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["train"], "which shape"), (["train", CONFIG, "--variants=best"], "--variants names 'best': choose among nanoGPT"),
-    (["train", CONFIG, "--n_layr=2"], "unknown key 'n_layr'"), (["train", CONFIG, "--rounds=0"], "--rounds and --copies must be"),
+    (["train"], "no config given"),
+    (["train", CONFIG, "--variants=best"], "--variants names 'best': choose among nanoGPT"),
+    (["train", CONFIG, "--n_layr=2"], "unknown key 'n_layr'"),
+    (["train", CONFIG, "--rounds=0"], "--rounds and --copies must be"),
+    (["cpu", "--threads=1,x"], "--threads=1,x must be numbers"),
     (["loader", "--n_layer=2"], "loader does not know --n_layer=2")])
 def test_refusals(argv, message):
     with pytest.raises(SystemExit) as error:
         bench.main(argv)
-    assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
+    text = str(error.value)
+    assert text.startswith("error: ") and message in text and "\n" not in text
 
 
-@pytest.mark.parametrize("check", [gpu_check.ceilings, gpu_check.compiled_against_float64, gpu_check.grouped_against_looped,
-                                   gpu_check.head, gpu_check.optimizers], ids=lambda check: check.__name__)
-def test_checks_at_toy_shapes(check, monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("name", ["ceilings", "compiled_against_float64", "grouped_against_looped",
+                                  "head", "optimizers"])
+def test_checks_at_toy_shapes(name):
     process = Process()
     process.start(load_config(["--device=cpu"]))
-    found = check(process, True)
+    found = getattr(gpu_check, name)(process, True)
     assert found and json.dumps(found, allow_nan=False)
-    if check is gpu_check.compiled_against_float64:  # float32 here, eager: rounding alone
+    if name == "compiled_against_float64":  # float32 here, eager: only rounding differs
         assert all(row["all_gradients"] < 1e-5 for row in found.values())
-    if check is gpu_check.grouped_against_looped:
-        assert all(row["output"] < 0.03 and row["load_of_the_empty_expert"] == 0 for row in found.values())
+    if name == "grouped_against_looped":
+        for row in found.values():
+            assert row["output"] < 0.03 and row["load_of_the_empty_expert"] == 0
 
 
 @pytest.mark.slow
 def test_gpu_check_runs_without_a_gpu():
-    done = subprocess.run(["bash", "bench/gpu_check.sh", "toy"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = ["bash", "bench/gpu_check.sh"]
+    done = subprocess.run([*command, "toy"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    found = {}
     for part, checks in gpu_check.PARTS.items():
-        found = json.loads((ROOT / "out" / "gpu_check" / f"gpu_{part}.json").read_text())
+        path = ROOT / "out" / "gpu_check" / f"gpu_{part}.json"
+        found |= json.loads(path.read_text("utf-8"))
         assert all(isinstance(found[check.__name__], dict) for check in checks)
-    refused = subprocess.run(["bash", "bench/gpu_check.sh"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode and "which part?" in refused.stderr
+    for row in found["training"].values():  # both ways are float32 here
+        assert row["furthest_from_float32"] == 0
+    assert found["repeated_and_resumed"]["furthest_resumed"] == 0
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode and "no part given" in refused.stderr
