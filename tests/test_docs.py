@@ -118,8 +118,9 @@ def test_your_model(make, namespace):
     torch.testing.assert_close(logits(folded, idx), exact, rtol=0, atol=1e-5)
     left = {name.split(".")[-2] for name, _ in norms.named_scale_vectors(folded)}
     assert {re.sub("_proj|lm_", "", name) for name in left} == {"q", "k", "gate", "head"}
-    compiled = torch.compile(yours, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, idx), exact, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        compiled = torch.compile(yours, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled, idx), exact, rtol=0, atol=1e-5)
 
     with torch.autocast("cpu", torch.bfloat16):
         assert (logits(yours, idx).float() - exact).norm() < 0.05 * exact.norm()

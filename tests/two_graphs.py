@@ -1,15 +1,17 @@
 """
-Run under torchrun by test_graphs.py: compiled models take two steps of two micro-steps each and are evaluated in two processes, and
-take a step again. Argument: a folder for RANK.json, {model: {after_training, after_evaluation: [graphs, breaks], weights: a sum}}.
+Run under torchrun by test_graphs.py: in two processes, compiled models take two steps of two
+micro-steps each, are evaluated, and take a step again. Argument: a folder for RANK.json, {model:
+{after_training, after_evaluation: [graphs, breaks], weights: a sum}}.
 """
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import MIXTURE, UNIFIED, tiny_batch, tiny_gpt
-from test_graphs import PARTS, compiled, counted
+from conftest import UNIFIED, tiny_batch, tiny_gpt
+from test_graphs import MIXTURE, PARTS, compiled, counted
 
 from lib.config import load_config
 from lib.process import Process
@@ -32,14 +34,15 @@ class Batches:
 process = Process()
 process.start(load_config(["--device=cpu"]))
 said = {}
-for name, keys, dtype in (("dense", {}, torch.float32), ("mixture", MIXTURE, torch.bfloat16)):
+kinds = (("dense", {}, torch.float32), ("mixture", MIXTURE, torch.bfloat16))
+for name, keys, dtype in kinds:
     model = tiny_gpt(**UNIFIED, **keys)
     model.compute_dtype = dtype
-    parallel, batches = process.parallel(compiled(model, **PARTS)), Batches(process.rank)
+    parallel, batches = process.parallel(model), Batches(process.rank)
+    compiled(model, **PARTS)
     optimizer = make_optimizer(param_groups(model, 0.1), lr=1e-2)
 
-    def step(model=model, parallel=parallel, optimizer=optimizer, batches=batches):
-        training_step(model, parallel, optimizer, batches, 1e-2, 1.0, process, False)
+    step = partial(training_step, model, parallel, optimizer, batches, 1e-2, 1.0, process, False)
 
     step()
     step()
@@ -48,6 +51,7 @@ for name, keys, dtype in (("dense", {}, torch.float32), ("mixture", MIXTURE, tor
         model.eval()(batches.x, batches.y)
     model.train()
     step()
-    said[name] |= {"after_evaluation": counted(), "weights": sum(p.double().sum().item() for p in model.parameters())}
-Path(sys.argv[1], f"{process.rank}.json").write_text(json.dumps(said))
+    weights = sum(p.double().sum().item() for p in model.parameters())
+    said[name] |= {"after_evaluation": counted(), "weights": weights}
+Path(sys.argv[1], f"{process.rank}.json").write_text(json.dumps(said), "utf-8")
 dist.destroy_process_group()
