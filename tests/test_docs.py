@@ -1,8 +1,14 @@
 """
-Proves that the examples of docs/fork.md, docs/your_model.md and the README run as they are written:
-each is put where the text says, its test passes, and each new entry keeps to one function.
+Proves that the examples of README.md, docs/fork.md and docs/your_model.md run as they are written:
+each is put where the text says, its test passes, and each new entry keeps to one function; and that
+every file, module, config key and link that a page names exists.
 """
+import ast
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ from test_every_entry import check_claims, check_one_function
 import model
 import norms
 from hf.export import stock_architecture
+from lib.config import FIELDS, load_config
 from optim import param_groups
 
 DICTS = (norms.PLACEMENTS, norms.REPARAMS, norms.SCALE_DECAY_POLICIES)
@@ -111,8 +118,9 @@ def test_your_model(make, namespace):
     torch.testing.assert_close(logits(folded, idx), exact, rtol=0, atol=1e-5)
     left = {name.split(".")[-2] for name, _ in norms.named_scale_vectors(folded)}
     assert {re.sub("_proj|lm_", "", name) for name in left} == {"q", "k", "gate", "head"}
-    compiled = torch.compile(yours, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, idx), exact, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        compiled = torch.compile(yours, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled, idx), exact, rtol=0, atol=1e-5)
 
     with torch.autocast("cpu", torch.bfloat16):
         assert (logits(yours, idx).float() - exact).norm() < 0.05 * exact.norm()
@@ -126,3 +134,74 @@ def test_a_llama_is_saved_and_loaded(namespace, tmp_path):
         torch.nn.init.normal_(vector.alpha, mean=1.0, std=0.3)
     again = namespace["save_and_load"](yours, tmp_path)
     assert torch.equal(logits(again, idx), logits(yours, idx))
+
+
+# ---- the README ----------------------------------------------------------------------------------
+
+def test_the_readmes_fork_is_the_first_of_docs_fork():
+    """Which test_fork runs."""
+    assert blocks("README.md", "Fork it") == blocks("docs/fork.md", "A placement")[:1]
+
+
+def test_norms_can_be_copied_alone(tmp_path):
+    """It imports torch and the standard library. The README's example runs in a folder that holds
+    norms.py and nothing else: γ_b decays, γ_a does not, and folding keeps the outputs."""
+    source = (ROOT / "norms.py").read_text(encoding="utf-8")
+    imports = [node for node in ast.walk(ast.parse(source))
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {name.split(".")[0] for node in imports
+               for name in [getattr(node, "module", None) or node.names[0].name]}
+    assert modules - sys.stdlib_module_names == {"torch"}
+
+    (tmp_path / "norms.py").write_text(source, encoding="utf-8")
+    [example] = blocks("README.md", "Use it in your own model")
+    check = """
+groups = {g["name"]: (g["param_names"], g["weight_decay"]) for g in optimizer.param_groups}
+assert groups["scale_decayed"] == (["scale_in.alpha"], 0.1), groups
+assert groups["scale"] == (["scale_out.alpha", "scale_out.beta"], 0.0), groups
+x = torch.randn(3, 64)
+torch.testing.assert_close(fold_scale_vectors(layer)(x), layer(x))
+"""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", f"import torch\n{example}{check}"], cwd=tmp_path,
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_row_of_the_readmes_variants_exists():
+    """Its third column is a configuration that loads, its fourth names what norms.py defines."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\|$", text.split("## The variants")[1].split("\n## ")[0], re.MULTILINE)
+    assert len(rows) == 13
+    for row in rows[2:]:
+        _, _, _, config, code, _ = row.split("|")
+        values = {}
+        exec("\n".join(re.findall("`(.*?)`", config)), values)
+        keys = {key: value for key, value in values.items() if key in FIELDS}
+        assert keys or config.strip() == "the defaults", row
+        load_config([f"--{key}={value}" for key, value in keys.items()])
+        for name in re.findall(r"`(\w+)`", code):
+            assert hasattr(norms, name) or hasattr(norms.ScaledLinear((2, 2), "input"), name), name
+
+
+# ---- every page ----------------------------------------------------------------------------------
+
+def test_every_file_and_key_that_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir())
+    for name in re.findall(rf"(?<![\w/.-])(?:(?:{folders})/[\w/.]*|\w+\.py\b)", text):
+        assert "_X" in name or (ROOT / name.rstrip(".")).exists(), name
+    for key in re.findall(r"`(\w+) = |--((?:scale|qk|post)_\w+)=", text):
+        assert "".join(key) in FIELDS, key
+
+
+@pytest.mark.parametrize("page", ["README.md", *os.listdir(ROOT / "docs")])
+def test_every_link_and_command_leads_somewhere(page):
+    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / target).exists(), target
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+    for program in re.findall(r"(?:python|bash) (\w\S*\.(?:py|sh))\b", text):
+        assert (ROOT / program).exists(), program

@@ -24,8 +24,8 @@ def unified_block(p, x, cos, sin, heads):
 
     q, k, v = (read(x, f"attn.{name}", heads).unflatten(-1, (heads, -1)) for name in "qkv")
     q, k, v = (y.transpose(1, 2) for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
-    scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(torch.ones(x.size(1), x.size(1)).triu(1) > 0,
-                                                       -torch.inf)
+    future = torch.ones(x.size(1), x.size(1)).triu(1) > 0
+    scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(future, -torch.inf)
     x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2) @ p["attn.o.weight"].T
     return x + (F.silu(read(x, "mlp.gate")) * read(x, "mlp.up")) @ p["mlp.down.weight"].T
 
@@ -35,7 +35,7 @@ def test_unified_in_bare_torch_equals_the_model():
     block, parameters = model.layers[0], dict(model.layers[0].named_parameters())
     x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
     wanted = [x, *parameters.values()]
-    found, expected = block(x, model.cos, model.sin)[0], None
+    found = block(x, model.cos, model.sin)[0]
     expected = unified_block(parameters, x, model.cos, model.sin, heads=4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     probe = torch.randn_like(found)

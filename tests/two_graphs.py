@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import MIXTURE, UNIFIED, tiny_batch, tiny_gpt
-from test_graphs import PARTS, compiled, counted
+from conftest import UNIFIED, tiny_batch, tiny_gpt
+from test_graphs import MIXTURE, PARTS, compiled, counted
 
 from lib.config import load_config
 from lib.process import Process
