@@ -65,7 +65,7 @@ def test_run_folder(undisturbed, dataset):
     assert summary["params"] == model.num_params()
     assert summary["scale_params"] == model.num_params("scale_vectors")
     assert {p.name for p in out.iterdir()} == {"ckpt_0000008.pt", "ckpt_0000012.pt", "config.json",
-                                               "lock", "log.jsonl", "summary.json"}
+                                               "log.jsonl", "summary.json"}
     assert "a sample" in printed and f"python -m study.report {out}" in printed
 
 

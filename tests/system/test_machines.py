@@ -185,10 +185,10 @@ def test_a_file_system_without_flock(dataset, tmp_path, no_flock):
 
 
 def test_a_lock_of_another_machine(dataset, tmp_path, no_flock):
-    (tmp_path / "lock").write_text("1 elsewhere\n", "utf-8")
+    (tmp_path / "lock").write_text("1\nelsewhere\n", "utf-8")
     line = refused(*start(tmp_path, dataset))
     assert f"if process 1 on elsewhere has ended, remove {tmp_path / 'lock'}" in line
-    assert (tmp_path / "lock").read_text("utf-8") == "1 elsewhere\n"
+    assert (tmp_path / "lock").read_text("utf-8") == "1\nelsewhere\n"
 
 
 def test_a_folder_that_cannot_be_flushed(tmp_path):
