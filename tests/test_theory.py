@@ -1,9 +1,7 @@
-"""
-Proves theory/theorems.py in float64.
-Every formula that holds at a point: against autograd at random points of a random curved loss, and on the
-real GPT. Every theorem: along integrated gradient flows of many random teachers at once, with the conditions it needs, and a
-counterexample where they are not met. The stochastic theorem: by simulation, against the exact identities of its proof.
-"""
+""" Proves theory/theorems.py in float64. Every formula that holds at a point: against autograd at
+random points of a random curved loss, and on the real GPT. Every theorem: along integrated gradient
+flows of many random teachers at once, with the conditions it needs, and a counterexample where they
+are not met. The stochastic theorem: by simulation, against the exact identities of its proof. """
 import math
 import sys
 
@@ -34,7 +32,8 @@ def problem(seed, m, d, branches=1):
 
 
 def along_the_flow(function, loss, params):
-    """d function/dt and dL/dt where the parameters move by minus their gradient of loss(*function(params)): autograd's own answer."""
+    """d function/dt and dL/dt where the parameters move by minus their gradient of
+    loss(*function(params)): autograd's own answer."""
     def total(*p):
         out = function(*p)
         return loss(*out) if isinstance(out, tuple) else loss(out)
@@ -57,8 +56,7 @@ def zero(a):
     close(a, torch.zeros_like(a))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# formulas that hold at every point, for every loss
+# ---- formulas that hold at every point, for every loss -------------------------------------------
 
 @pytest.mark.parametrize("seed, m, d", SHAPES)
 def test_theorem_2_2_at_a_point(seed, m, d):
@@ -134,7 +132,8 @@ def test_exponential_reparam_at_a_point(seed, m, d):
 
 
 def table_1_rows(seed=0, m=3, d=4):
-    """{row: (parameters, (v, u) as they act on each of the two branches, P_v, P_u)}; W (2, m, d)."""
+    """{row: (parameters, (v, u) as they act on each of the two branches, P_v, P_u)}; W (2, m,
+    d)."""
     _, _, random = problem(seed, m, d)
     W, v, u, one, eye = random(2, m, d), random(2, d), random(2, m), torch.ones, torch.eye
     beta, alpha, f64 = random(1), random(d), {"dtype": torch.float64}
@@ -150,8 +149,9 @@ def table_1_rows(seed=0, m=3, d=4):
 
 @pytest.mark.parametrize("row", theory.TABLE_1)
 def test_table_1_as_preconditioners(row):
-    """P = J Jᵀ by autograd: it is what moves W̃, it is symmetric and positive semi-definite, and it has the closed form, with one
-    vector for both branches (standard, OR, ER: the branches stacked into one map) or one each (HG, AP, DP: no entry between branches)."""
+    """P = J Jᵀ by autograd: it is what moves W̃, it is symmetric and positive semi-definite, and it
+    has the closed form, with one vector for both branches (standard, OR, ER: the branches stacked
+    into one map) or one each (HG, AP, DP: no entry between branches)."""
     W, rows = table_1_rows()
     params, v, u, P_v, P_u = rows[row]
     form = theory.TABLE_1[row]
@@ -169,7 +169,8 @@ def test_table_1_as_preconditioners(row):
 
 
 def test_table_2_a_form_sees_the_state_and_adam_the_history():
-    """Two histories that end at one state: the form's preconditioner there is the same, Adam's is not (the paper's table 2)."""
+    """Two histories that end at one state: the form's preconditioner there is the same, Adam's is
+    not (the paper's table 2)."""
     W, rows = table_1_rows()
     params = [p.clone() for p in (W, *rows["DP"][0])]
     ends = []
@@ -194,8 +195,7 @@ def test_the_table_has_the_papers_rows():
     assert list(theory.TABLE_1) == ["standard", "HG", "AP", "DP", "OR", "ER"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the theorems, along integrated flows; leading dimension: independent teachers
+# ---- the theorems, along integrated flows; leading dimension: independent teachers ---------------
 
 def teachers(count, m, d, seed=0, largest=3.0):
     """Random teachers of many lengths, with columns and rows of unequal size."""
@@ -250,7 +250,8 @@ def test_theorems_3_1_and_3_2_i_along_the_flow(m, d):
 
 
 def test_claim_i_fails_off_the_flow():
-    """At the states of the conditions' figure, by the formulas and by autograd's rates: DP with u_i² < 1, OR with ρ < 1 are slower."""
+    """At the states of the conditions' figure, by the formulas and by autograd's rates: DP with
+    u_i² < 1, OR with ρ < 1 are slower."""
     (target, effective, v), (target_or, W_or, alpha) = theory_figures.states_off_the_flow()
     for u_squared in (0.3, 3.0):
         u = torch.full((2,), u_squared ** 0.5, dtype=torch.float64)
@@ -305,8 +306,7 @@ def test_claims_iii_fail_without_their_conditions(student):
     close(flow(student, target, 2.0, 800)[0][::2], other, 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# theorem 2.3 / C.1
+# ---- theorem 2.3 / C.1 ---------------------------------------------------------------------------
 
 def test_hessian_of_the_coordinate_loss():
     _, _, random = problem(0, 3, 3)
@@ -323,8 +323,8 @@ def test_hessian_of_the_coordinate_loss():
 
 
 def test_what_sharpness_does_to_sgds_descent():
-    """Appendix C.2.2 on a quadratic loss: the mean over every noise of a finite set is exact, each noise term is Tr(H C) or bounds it,
-    and the descent lemma holds."""
+    """Appendix C.2.2 on a quadratic loss: the mean over every noise of a finite set is exact, each
+    noise term is Tr(H C) or bounds it, and the descent lemma holds."""
     _, _, random = problem(1, 3, 3)
     n, lr, sigma2 = 5, 0.03, 0.7
     A, minimum, theta = random(n, n), random(n), random(n)
@@ -384,8 +384,9 @@ def test_squared_norm_bound_solves_its_equation():
 
 
 def check_theorem_c1(paths, time_end, steps):
-    """μ > 0: the mean of ‖γ‖² is below its bound, and every sharpness stays level; μ = 0: all keep growing. For both, the mean of ‖w‖² is
-    below its bound, and ‖γ‖² - ‖w‖² changes by ∫(2λ‖w‖² - 2μ‖γ‖²) dt in the mean (eq. 25): what is left has mean zero."""
+    """μ > 0: the mean of ‖γ‖² is below its bound, and every sharpness stays level; μ = 0: all keep
+    growing. For both, the mean of ‖w‖² is below its bound, and ‖γ‖² - ‖w‖² changes by ∫(2λ‖w‖² -
+    2μ‖γ‖²) dt in the mean (eq. 25): what is left has mean zero."""
     every, means = steps // 100, {}
     for mu in (0.0, 0.1):
         target, path = simulated(mu, paths, time_end, steps, every)
@@ -418,8 +419,7 @@ def test_theorem_c1_with_more_paths_and_finer_steps():
     check_theorem_c1(paths=4000, time_end=200.0, steps=40000)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# decay, ours
+# ---- decay, ours ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_balance_under_decay(decay):
@@ -431,7 +431,8 @@ def test_balance_under_decay(decay):
 
 
 def test_direction_under_decay():
-    """Decay on α alone: its length as stated; ρ grows by the inverse. The same decay on a plain γ would have pulled γ itself."""
+    """Decay on α alone: its length as stated; ρ grows by the inverse. The same decay on a plain γ
+    would have pulled γ itself."""
     loss, (W,), random = problem(4, 3, 5)
     beta, alpha = random(1), random(5)
     path = theory.gradient_flow(lambda beta, alpha: loss(W * original_reparam(beta, alpha)), [beta, alpha], 1.0, 1000, [0.0, 0.4])
@@ -463,8 +464,7 @@ def test_adamw_output_norm_limit():
     close(theory.adamw_output_norm_limit(target, 0.5), torch.tensor([2.0, -2.0, 0.5], dtype=torch.float64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the integrator, the model, the figures
+# ---- the integrator, the model, the figures ------------------------------------------------------
 
 def test_gradient_flow_is_of_order_four():
     def error(steps):
@@ -490,7 +490,8 @@ def test_sharing_wins_in_agreement_and_heterogeneity_in_conflict():
                                   {"scale_heterogeneous": True, "scale_reparam": "original"},
                                   {"scale_heterogeneous": True, "scale_reparam": "exponential"}], ids=str)
 def test_the_gpts_query_weight_moves_as_stated(keys):
-    """One small SGD step on the whole model. G comes from the folded model, where W̃ is the parameter itself."""
+    """One small SGD step on the whole model. G comes from the folded model, where W̃ is the
+    parameter itself."""
     model = randomize_scales(tiny_gpt(torch.float64, **keys))
     idx, targets = tiny_batch()
     folded = fold_scale_vectors(model)
