@@ -158,7 +158,8 @@ def repeated_and_resumed(process, toy):
     repeated one."""
     steps = 4 if toy else 40
     keys = ["configs/quickstart.py", f"--max_iters={steps}", "--warmup_iters=2",
-            f"--checkpoint_interval={steps // 2}", *(TOY_SHAPE if toy else [])]
+            f"--checkpoint_interval={steps // 2}", "--keep_checkpoints=2",
+            *(TOY_SHAPE if toy else [])]
     with tempfile.TemporaryDirectory() as folder:
         first, _ = training_losses(*keys, f"--out_dir={folder}/first")
         again, _ = training_losses(*keys, f"--out_dir={folder}/again")
