@@ -383,7 +383,7 @@ def main():
         except Exception as error:  # GPU time is dear: the checks after this one run all the same
             results[name] = one_line(error)
             failed += 1
-        say(json.dumps(results[name])[:3000])
+        say(json.dumps(results[name])[:1000])
         release(process)
         results["seconds"] = round(time.monotonic() - started, 1)
         write_whole(path, json.dumps(results, indent=1) + "\n", "choose another --out")
