@@ -61,6 +61,15 @@ def as_trained(model, process):
     return model
 
 
+def release(process):
+    """Forget a finished model: its graphs, which count towards PyTorch's limit for the next one,
+    and its memory on the device."""
+    torch._dynamo.reset()
+    gc.collect()
+    if process.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 # ---- A: is it right? -----------------------------------------------------------------------------
 
 def ceilings(process, toy):
@@ -226,13 +235,6 @@ def partial_evaluation(process, toy):
 
 # ---- B and C: is it fast? ------------------------------------------------------------------------
 
-def release(process):
-    """Free what a finished model leaves on the device, so that the next one fits."""
-    gc.collect()
-    if process.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def races(process, toy, entries):
     """bench/benchmark.py's race for each (label, config and keys, contestants)."""
     found = {}
@@ -377,7 +379,6 @@ def main():
     for check in PARTS[args.part]:
         name = check.__name__
         say(f"{args.part}, {name}, after {time.monotonic() - started:.0f} s")
-        torch._dynamo.reset()  # one check's graphs do not count towards another's limit
         try:
             results[name] = check(process, args.toy)
         except Exception as error:  # GPU time is dear: the checks after this one run all the same
