@@ -61,6 +61,15 @@ def as_trained(model, process):
     return model
 
 
+def release(process):
+    """Forget a finished model: its graphs, which count towards PyTorch's limit for the next one,
+    and its memory on the device."""
+    torch._dynamo.reset()
+    gc.collect()
+    if process.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 # ---- A: is it right? -----------------------------------------------------------------------------
 
 def ceilings(process, toy):
@@ -158,7 +167,8 @@ def repeated_and_resumed(process, toy):
     repeated one."""
     steps = 4 if toy else 40
     keys = ["configs/quickstart.py", f"--max_iters={steps}", "--warmup_iters=2",
-            f"--checkpoint_interval={steps // 2}", *(TOY_SHAPE if toy else [])]
+            f"--checkpoint_interval={steps // 2}", "--keep_checkpoints=2",
+            *(TOY_SHAPE if toy else [])]
     with tempfile.TemporaryDirectory() as folder:
         first, _ = training_losses(*keys, f"--out_dir={folder}/first")
         again, _ = training_losses(*keys, f"--out_dir={folder}/again")
@@ -224,13 +234,6 @@ def partial_evaluation(process, toy):
 
 
 # ---- B and C: is it fast? ------------------------------------------------------------------------
-
-def release(process):
-    """Free what a finished model leaves on the device, so that the next one fits."""
-    gc.collect()
-    if process.device.type == "cuda":
-        torch.cuda.empty_cache()
-
 
 def races(process, toy, entries):
     """bench/benchmark.py's race for each (label, config and keys, contestants)."""
@@ -376,13 +379,12 @@ def main():
     for check in PARTS[args.part]:
         name = check.__name__
         say(f"{args.part}, {name}, after {time.monotonic() - started:.0f} s")
-        torch._dynamo.reset()  # one check's graphs do not count towards another's limit
         try:
             results[name] = check(process, args.toy)
         except Exception as error:  # GPU time is dear: the checks after this one run all the same
             results[name] = one_line(error)
             failed += 1
-        say(json.dumps(results[name])[:3000])
+        say(json.dumps(results[name])[:1000])
         release(process)
         results["seconds"] = round(time.monotonic() - started, 1)
         write_whole(path, json.dumps(results, indent=1) + "\n", "choose another --out")

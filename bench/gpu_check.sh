@@ -11,7 +11,11 @@
 #                                without CUDA, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"no part given: bash bench/gpu_check.sh A, B, C or toy"}
+part=${1:-}
+case $part in
+    A | B | C | toy) ;;
+    *) echo "error: no part '$part': choose A, B, C or toy" >&2; exit 2 ;;
+esac
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no CUDA here: toy shapes, into out/gpu_check"
     part=toy
@@ -29,5 +33,4 @@ case $part in
        check A 450 ;;
     B | C) check "$part" 600 ;;
     toy) for each in A B C; do python -m bench.gpu_check "$each" --out out/gpu_check --toy; done ;;
-    *) echo "error: no part $part: choose A, B, C or toy" >&2; exit 2 ;;
 esac

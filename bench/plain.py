@@ -75,8 +75,8 @@ class NanoBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """GPT's face for a training step. config: a dense model.GPTConfig, whose scale_* keys and
-    Output-Norms are not looked at."""
+    """The part of GPT's interface that a training step uses. config: a dense GPTConfig; its scale_*
+    keys, qk_norm and post_norm are ignored."""
     block, final_norm = PlainBlock, RMSNorm
 
     def __init__(self, config):

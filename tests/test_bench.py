@@ -171,8 +171,8 @@ def test_checks_at_toy_shapes(name):
 
 @pytest.mark.slow
 def test_gpu_check_runs_without_a_gpu():
-    command = ["bash", "bench/gpu_check.sh"]
-    done = subprocess.run([*command, "toy"], capture_output=True, text=True, timeout=600)
+    command = ["bash", "bench/gpu_check.sh", "toy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for part, checks in gpu_check.PARTS.items():
@@ -181,6 +181,11 @@ def test_gpu_check_runs_without_a_gpu():
         assert all(isinstance(found[check.__name__], dict) for check in checks)
     for row in found["training"].values():  # both ways are float32 here
         assert row["furthest_from_float32"] == 0
+    assert all(isinstance(race, dict) for race in found["choices_of_pytorch"].values())
     assert found["repeated_and_resumed"]["furthest_resumed"] == 0
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode and "no part given" in refused.stderr
+
+
+@pytest.mark.parametrize("part", [[], ["D"]])
+def test_gpu_check_knows_its_parts(part):
+    refused = subprocess.run(["bash", "bench/gpu_check.sh", *part], capture_output=True, text=True)
+    assert refused.returncode == 2 and "choose A, B, C or toy" in refused.stderr
