@@ -233,11 +233,12 @@ class MoE(nn.Module):
         loss, z-loss, load of each expert."""
         shape, x = x.size(), x.flatten(0, -2)  # (N, C)
         # in float32, because rounding must not reorder experts
-        logits = self.router(rms_norm(x, self.eps).to(self.router.weight.dtype))
+        normalized = rms_norm(x.to(self.router.weight.dtype), self.eps)
+        logits = self.router(normalized)
         probabilities = logits.softmax(-1)
         weight, expert = probabilities.topk(self.n_active, dim=-1)  # (N, K)
 
-        x = pre_norm(x, (self.gate, self.up), self.eps)
+        x = pre_norm(x, (self.gate, self.up), normalized=normalized)
         y = self.routed(x, weight / weight.sum(-1, keepdim=True), expert)
         if self.shared_down:
             gate, up = fused(x, (self.shared_gate, self.shared_up), pad=True)

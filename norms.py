@@ -308,12 +308,15 @@ class Routing(NamedTuple):
     ends: torch.Tensor  # (E,) int32: where each expert's rows end
 
 
-def pre_norm(x, maps, eps=1e-6):
+def pre_norm(x, maps, eps=1e-6, normalized=None):
     """What the maps read of a residual stream x (..., d): Norm(x), or x itself where each of them
     undoes any factor. DNP does: with Norm(x) = x / r, Norm(W(γ_b ⊙ x / r)) = Norm(W(γ_b ⊙ x))
     (FlashNorm, arXiv 2407.09577). With ε in both, DNP's would have to be ε r². Give such maps ε²
-    as their eps: it differs by a relative 1e-6 or so, and by nothing as ε goes to 0."""
-    return x if all(m.placement.undoes_factor for m in maps) else rms_norm(x, eps)
+    as their eps: it differs by a relative 1e-6 or so, and by nothing as ε goes to 0.
+    normalized: Norm(x), where the caller has it."""
+    if all(m.placement.undoes_factor for m in maps):
+        return x
+    return rms_norm(x, eps) if normalized is None else normalized.to(x.dtype)
 
 
 def products(x, maps, routing=None, pad=False):

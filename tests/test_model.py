@@ -34,8 +34,8 @@ def gradients(model, idx, targets):
 
 @pytest.mark.parametrize("keys", COMBINATIONS, ids=lambda keys: "-".join(map(str, keys.values())))
 def test_every_combination_trains_and_reloads(keys):
-    """The first step moves every parameter, and state_dict holds all that the model is."""
-    model, (idx, targets) = tiny_gpt(n_layer=1, **keys), tiny_batch()
+    """A step moves every parameter, and state_dict holds all that the model is."""
+    model, (idx, targets) = randomize_scales(tiny_gpt(n_layer=1, **keys)), tiny_batch()
     before = {name: p.clone() for name, p in model.named_parameters()}
     model(idx, targets)[1].backward()
     make_optimizer(param_groups(model, 0.0), lr=1e-2).step()

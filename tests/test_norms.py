@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import MIXTURE, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
+from conftest import MIXTURE, PAPER_PLACEMENTS, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
 from torch.nn import functional as F
 
 from norms import (
@@ -216,7 +216,7 @@ def test_stacks_of_experts():
         W = random(2, 4, 6)
         first, second = x[:counts[0]] @ W[0].T, x[counts[0]:] @ W[1].T
         close(product(x, W, routing), torch.cat([first, second]))
-        for placement in PLACEMENTS:
+        for placement in PAPER_PLACEMENTS:
             m = scaled_linear((2, 4, 6), placement)
             v = m.scale_in() if m.scale_in else torch.ones(2, 6)
             y = torch.einsum("nmd,nd,nd->nm", m.weight[expert], v[expert], x)
