@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny model, a tiny dataset made by prepare_data, and ways to run the real programs."""
+"""Shared by all tests: a tiny model, a tiny dataset, and ways to run the real programs."""
 import contextlib
 import io
 import json
@@ -18,8 +18,10 @@ from norms import named_scale_vectors
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48, init_std=0.0)
-PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")  # a fork may add others, of which tests of formulas know nothing
+TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48,
+            init_std=0.0)
+# a fork may add others, of which tests of formulas know nothing
+PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
 MIXTURE = dict(n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=24, n_dense_layer=1)
 
@@ -55,7 +57,8 @@ def write_texts(folder, documents=300, seed=0):
     rng, folder = random.Random(seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for d in range(documents):
-        lines = [f"{a} + {b} = {a + b}" for a, b in ((rng.randrange(50), rng.randrange(50)) for _ in range(12))]
+        pairs = [(rng.randrange(50), rng.randrange(50)) for _ in range(12)]
+        lines = [f"{a} + {b} = {a + b}" for a, b in pairs]
         (folder / f"{d:04d}.txt").write_text(f"sums, part {d}\n" + "\n".join(lines) + "\n")
     return folder
 
@@ -76,7 +79,8 @@ def dataset(texts, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def needs_gpt2():
-    """GPT-2's encoding. Tests that need it are skipped where its vocabulary can be had neither from TIKTOKEN_CACHE_DIR nor the network."""
+    """GPT-2's encoding. Tests that need it are skipped where its vocabulary can be had neither from
+    TIKTOKEN_CACHE_DIR nor from the network."""
     from lib.data import get_encoding
     try:
         return get_encoding("gpt2")
@@ -106,7 +110,8 @@ def launch(*args, processes=0, restarts=0, **kwargs):
     """Start train.py and return at once."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
     return subprocess.Popen(command_of("train.py", *args, processes=processes, restarts=restarts),
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True, **pipes)
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
+                            **pipes)
 
 
 def wait_for_step(process, step):

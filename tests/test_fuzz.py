@@ -30,7 +30,8 @@ def one_line(error):
 # data
 
 headers = st.builds(
-    lambda magic, version, count, size, rest: struct.pack("<4i", magic, version, count, size) + rest,
+    lambda magic, version, count, size, rest:
+        struct.pack("<4i", magic, version, count, size) + rest,
     st.sampled_from([20260526, 20240520, 20240521, 0]),
     st.sampled_from([1, 1, 1, 0, 2, -1]),
     st.one_of(st.integers(-2, 40), st.integers(-2 ** 31, 2 ** 31 - 1)),
@@ -117,10 +118,11 @@ def test_datasets(dataset, tmp_path, place, value, text):
 
 expressions = st.one_of(st.text(max_size=12), json_values.map(repr), st.sampled_from(
     ["exit()", "1e400", "-" * 5000 + "1", "(" * 300, "{[]: 1}", "10**9", "__import__"]))
-assignments = st.builds(lambda key, value: f"{key} = {value}".encode(), st.sampled_from([*FIELDS, "n_layr"]), expressions)
+assignments = st.builds(lambda key, value: f"{key} = {value}".encode(),
+                        st.sampled_from([*FIELDS, "n_layr"]), expressions)
 
 
-SHORT = ["--max_iters=2000", "--warmup_iters=0"]  # so that no model is built to count its parameters
+SHORT = ["--max_iters=2000", "--warmup_iters=0"]  # so that no model is built to count parameters
 
 
 @SETTINGS
@@ -143,10 +145,12 @@ def test_config_files(tmp_path, content):
 
 @SETTINGS
 @given(key=st.one_of(st.sampled_from(sorted(FIELDS)), st.text(max_size=5)),
-       value=st.one_of(st.text(max_size=20), json_values.map(repr), st.sampled_from(["{[]: 1}", "(" * 300, "9" * 5000, "-" * 3000 + "1"])))
+       value=st.one_of(st.text(max_size=20), json_values.map(repr), st.sampled_from(
+           ["{[]: 1}", "(" * 300, "9" * 5000, "-" * 3000 + "1"])))
 def test_command_lines(key, value):
     try:
-        load_config([*SHORT, f"--{key}={value}", *(SHORT if key in ("max_iters", "warmup_iters") else [])])
+        again = SHORT if key in ("max_iters", "warmup_iters") else []
+        load_config([*SHORT, f"--{key}={value}", *again])
     except ValueError as error:
         assert one_line(error)
 
@@ -160,7 +164,8 @@ def test_checkpoints(tmp_path, content):
     assert one_line(error.value)
 
 
-log_lines = st.one_of(st.binary(max_size=30), json_values.map(lambda v: json.dumps(v).encode()), st.just(b'{"event": "train", "step": 3}'))
+log_lines = st.one_of(st.binary(max_size=30), json_values.map(lambda v: json.dumps(v).encode()),
+                      st.just(b'{"event": "train", "step": 3}'))
 
 
 @SETTINGS

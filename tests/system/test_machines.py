@@ -176,7 +176,8 @@ def test_a_file_system_without_flock(dataset, tmp_path, no_flock):
     wait_for_step(process, 2)
     line = refused(*args)
     assert "another process is training in out_dir" in line
-    assert f"if process {process.pid} on " in line and line.endswith(f"remove {tmp_path / 'lock'}\n")
+    assert f"if process {process.pid} on " in line
+    assert line.endswith(f"remove {tmp_path / 'lock'}\n")
     process.kill()
     process.communicate()
     steps = newest_checkpoint(tmp_path)[1]["step"] + 2
