@@ -280,3 +280,11 @@ def test_impossible_configurations(keys, message):
 def test_sequence_too_long():
     with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
         tiny_gpt()(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_the_epsilon_of_dnp_is_squared_where_the_pre_norm_is_left_out():
+    for on, expected in (("q,k,v,gate,up,head", 1e-12), ("q,k,gate", 1e-6)):
+        maps = dict(tiny_gpt(**UNIFIED, scale_placement_on=on).scaled_linears())
+        normalized = {name: m.eps for name, m in maps.items() if m.placement.undoes_factor}
+        assert len(normalized) == (11 if "head" in on else 6)
+        assert set(normalized.values()) == {pytest.approx(expected)}
