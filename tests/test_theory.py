@@ -12,7 +12,7 @@ from conftest import ROOT, randomize_scales, tiny_batch, tiny_gpt
 from norms import exponential_reparam, fold_scale_vectors, original_reparam, scale_weight
 from theory import figures as theory_figures
 from theory import theorems as theory
-from theory.theorems import STUDENTS
+from theory.theorems import STUDENTS, teacher_loss
 
 SHAPES = [(seed, 1 + seed % 5, 1 + (3 * seed) % 7) for seed in range(20)]
 
@@ -26,8 +26,10 @@ def problem(seed, m, d, branches=1):
     A, B = random(3, m), random(d, 4)
 
     def loss(*effective):
-        return sum((0.3 + k) * (A @ W @ B).tanh().square().sum() + 0.1 * (W ** 3).sum() for k, W in enumerate(effective)) \
-            + sum(effective).square().sum().cos()
+        curved = sum((0.3 + k) * (A @ W @ B).tanh().square().sum()
+                     for k, W in enumerate(effective))
+        cubic = sum(0.1 * (W ** 3).sum() for W in effective)
+        return curved + cubic + sum(effective).square().sum().cos()
     return loss, [random(m, d) for _ in range(branches)], random
 
 
@@ -65,11 +67,14 @@ def test_theorem_2_2_at_a_point(seed, m, d):
     G = theory.gradients(loss, [W * gamma])[0]
     moved, rate = along_the_flow(STUDENTS["standard"], loss, (W, gamma))
     close(theory.effective_velocity(W, gamma, G), moved)
-    close(torch.stack([-theory.preconditioner(W[:, j], gamma[j]) @ G[:, j] for j in range(d)], 1), moved)
+    columns = [-theory.preconditioner(W[:, j], gamma[j]) @ G[:, j] for j in range(d)]
+    close(torch.stack(columns, 1), moved)
     close(theory.descent_rate_standard(W, gamma, G), rate)
-    close(theory.column_invariant(W, gamma), torch.stack([gamma[j] ** 2 - W[:, j] @ W[:, j] for j in range(d)]))
+    invariant = [gamma[j] ** 2 - W[:, j] @ W[:, j] for j in range(d)]
+    close(theory.column_invariant(W, gamma), torch.stack(invariant))
     zero(change(theory.column_invariant, STUDENTS["standard"], loss, (W, gamma)))
-    close(theory.descent_rate_none(theory.gradients(loss, [W])[0]), along_the_flow(STUDENTS["none"], loss, (W,))[1])
+    _, rate = along_the_flow(STUDENTS["none"], loss, (W,))
+    close(theory.descent_rate_none(theory.gradients(loss, [W])[0]), rate)
     close(theory.teacher_loss(W, 2 * W), 0.5 * sum(w ** 2 for w in W.flatten()))
 
 
@@ -78,10 +83,12 @@ def test_shared_and_heterogeneous_rates(seed, m, d):
     loss, weights, random = problem(seed, m, d, branches=3)
     gammas = [random(d) for _ in range(3)]
     grads = theory.gradients(loss, [W * g for W, g in zip(weights, gammas)])
-    _, rate = along_the_flow(lambda *p: tuple(W * v for W, v in zip(p[:3], p[3:])), loss, (*weights, *gammas))
+    _, rate = along_the_flow(
+        lambda *p: tuple(W * v for W, v in zip(p[:3], p[3:])), loss, (*weights, *gammas))
     close(theory.descent_rate_heterogeneous(weights, gammas, grads), rate)
     grads = theory.gradients(loss, [W * gammas[0] for W in weights])
-    _, rate = along_the_flow(lambda *p: tuple(W * p[3] for W in p[:3]), loss, (*weights, gammas[0]))
+    _, rate = along_the_flow(
+        lambda *p: tuple(W * p[3] for W in p[:3]), loss, (*weights, gammas[0]))
     close(theory.descent_rate_shared(weights, gammas[0], grads), rate)
 
 
@@ -93,7 +100,8 @@ def test_dual_at_a_point(seed, m, d):
     moved, rate = along_the_flow(STUDENTS["dual"], loss, (W, v, u))
     close(theory.effective_velocity_dual(W, u, v, G), moved)
     close(theory.descent_rate_dual(W, u, v, G), rate)
-    _, standard = along_the_flow(STUDENTS["standard"], loss, (u[:, None] * W, v))  # the same W̃ and the same v
+    # the same W̃ and the same v
+    _, standard = along_the_flow(STUDENTS["standard"], loss, (u[:, None] * W, v))
     close(theory.dual_advantage(W, u, v, G), standard - rate)
     close(theory.row_invariant(W, u), torch.stack([u[i] ** 2 - W[i] @ W[i] for i in range(m)]))
     zero(change(lambda W, v, u: theory.row_invariant(W, u), STUDENTS["dual"], loss, (W, v, u)))
@@ -111,8 +119,9 @@ def test_original_reparam_at_a_point(seed, m, d):
     _, standard = along_the_flow(STUDENTS["standard"], loss, (W, gamma))  # the same W and γ
     close(theory.original_advantage(beta, alpha, grad), standard - rate)
     close(theory.magnitude_invariant(W, beta), beta[0] ** 2 - sum(w ** 2 for w in W.flatten()))
-    zero(change(lambda W, beta, alpha: theory.magnitude_invariant(W, beta), STUDENTS["original"], loss, (W, beta, alpha)))
-    zero(change(lambda W, beta, alpha: alpha.square().sum(), STUDENTS["original"], loss, (W, beta, alpha)))
+    for invariant in (lambda W, beta, alpha: theory.magnitude_invariant(W, beta),
+                      lambda W, beta, alpha: alpha.square().sum()):
+        zero(change(invariant, STUDENTS["original"], loss, (W, beta, alpha)))
     # the theorem's reading of P: speed d along γ, ρ across it
     rho, across = beta ** 2 * d / (alpha @ alpha), random(d)
     across = across - gamma * (across @ gamma) / (gamma @ gamma)
@@ -127,7 +136,7 @@ def test_exponential_reparam_at_a_point(seed, m, d):
     moved, _ = along_the_flow(exponential_reparam, lambda gamma: loss(W * gamma), (beta, alpha))
     grad = theory.gradients(lambda gamma: loss(W * gamma), [exponential_reparam(beta, alpha)])[0]
     close(-theory.exponential_preconditioner(beta, alpha) @ grad, moved)
-    at_one = theory.exponential_preconditioner(torch.zeros(1, dtype=torch.float64), torch.zeros(d, dtype=torch.float64))
+    at_one = theory.exponential_preconditioner(0 * beta, 0 * alpha)
     close(torch.linalg.eigvalsh(at_one)[-1], torch.tensor(float(d), dtype=torch.float64))
 
 
@@ -135,16 +144,21 @@ def table_1_rows(seed=0, m=3, d=4):
     """{row: (parameters, (v, u) as they act on each of the two branches, P_v, P_u)}; W (2, m,
     d)."""
     _, _, random = problem(seed, m, d)
-    W, v, u, one, eye = random(2, m, d), random(2, d), random(2, m), torch.ones, torch.eye
-    beta, alpha, f64 = random(1), random(d), {"dtype": torch.float64}
-    no_v, no_u = one(2, d, **f64), one(2, m, **f64)
+    W, v, u = random(2, m, d), random(2, d), random(2, m)
+    beta, alpha = random(1), random(d)
+    eye_d, eye_m = torch.eye(d, dtype=torch.float64), torch.eye(m, dtype=torch.float64)
+    no_v, no_u = torch.ones_like(v), torch.ones_like(u)
     OR, ER = original_reparam(beta, alpha), exponential_reparam(beta, alpha)
-    return W, {"standard": ([v[0]], v[:1].expand(2, d), no_u, eye(d, **f64), None),
-               "HG": ([v], v, no_u, eye(d, **f64), None),
-               "AP": ([u], no_v, u, None, eye(m, **f64)),
-               "DP": ([v, u], v, u, eye(d, **f64), eye(m, **f64)),
-               "OR": ([beta, alpha], OR.expand(2, d), no_u, theory.original_preconditioner(beta, alpha), None),
-               "ER": ([beta, alpha], ER.expand(2, d), no_u, theory.exponential_preconditioner(beta, alpha), None)}
+    P_OR = theory.original_preconditioner(beta, alpha)
+    P_ER = theory.exponential_preconditioner(beta, alpha)
+    return W, {
+        "standard": ([v[0]], v[:1].expand(2, d), no_u, eye_d, None),
+        "HG": ([v], v, no_u, eye_d, None),
+        "AP": ([u], no_v, u, None, eye_m),
+        "DP": ([v, u], v, u, eye_d, eye_m),
+        "OR": ([beta, alpha], OR.expand(2, d), no_u, P_OR, None),
+        "ER": ([beta, alpha], ER.expand(2, d), no_u, P_ER, None),
+    }
 
 
 @pytest.mark.parametrize("row", theory.TABLE_1)
@@ -164,7 +178,8 @@ def test_table_1_as_preconditioners(row):
     if row in ("standard", "OR", "ER"):
         expected = theory.table_preconditioner(W.flatten(0, 1), v[0], u.flatten(), P_v, P_u)
     else:
-        expected = torch.block_diag(*(theory.table_preconditioner(W[b], v[b], u[b], P_v, P_u) for b in range(2)))
+        blocks = [theory.table_preconditioner(W[b], v[b], u[b], P_v, P_u) for b in range(2)]
+        expected = torch.block_diag(*blocks)
     close(P, expected)
 
 
@@ -184,8 +199,8 @@ def test_table_2_a_form_sees_the_state_and_adam_the_history():
             adam.zero_grad()
             theory.TABLE_1["DP"](*history).tanh().sum().backward()
             adam.step()
-        ends.append((theory.induced_preconditioner(theory.TABLE_1["DP"], [p.detach() for p in history]),
-                     [adam.state[p]["exp_avg_sq"] for p in history]))
+        P = theory.induced_preconditioner(theory.TABLE_1["DP"], [p.detach() for p in history])
+        ends.append((P, [adam.state[p]["exp_avg_sq"] for p in history]))
     (first, first_moments), (second, second_moments) = ends
     close(first, second)
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(first_moments, second_moments))
@@ -203,14 +218,16 @@ def teachers(count, m, d, seed=0, largest=3.0):
     W = torch.randn(count, m, d, generator=generator, dtype=torch.float64)
     W = W * torch.randn(count, 1, d, generator=generator, dtype=torch.float64).exp()
     W = W * torch.randn(count, m, 1, generator=generator, dtype=torch.float64).exp()
-    return W / W.norm(dim=(1, 2), keepdim=True) * torch.linspace(0.1, largest, count, dtype=torch.float64)[:, None, None]
+    lengths = torch.linspace(0.1, largest, count, dtype=torch.float64)[:, None, None]
+    return W / W.norm(dim=(1, 2), keepdim=True) * lengths
 
 
 def flow(student, target, time_end, steps):
     """(losses (steps + 1, teachers), path) from the theorems' start."""
     def loss(*params):
         return theory.teacher_loss(STUDENTS[student](*params), target)
-    path = [p for _, p in theory.gradient_flow(loss, theory.start(student, target), time_end, steps)]
+    begin = theory.start(student, target)
+    path = [p for _, p in theory.gradient_flow(loss, begin, time_end, steps)]
     return torch.stack([loss(*p) for p in path]), path
 
 
@@ -228,10 +245,12 @@ def test_theorem_2_2_along_the_flow(m, d):
     assert below(without, with_vector)
     for W, gamma in path[::20]:
         close(theory.column_invariant(W, gamma), torch.ones_like(gamma), 1e-6)
-        P = torch.stack([theory.preconditioner(w[:, j], g[j]) for w, g in zip(W, gamma) for j in range(d)])
+        P = torch.stack([theory.preconditioner(w[:, j], g[j])
+                         for w, g in zip(W, gamma) for j in range(d)])
         smallest = torch.linalg.eigvalsh(P)[:, 0]
         assert (smallest > 1 - 1e-6).all()
-    close(without, theory.teacher_loss(0 * target, target) * torch.exp(-2 * torch.linspace(0, 4, 201).double())[:, None], 1e-6)
+    decay = torch.exp(-2 * torch.linspace(0, 4, 201).double())[:, None]
+    close(without, theory.teacher_loss(0 * target, target) * decay, 1e-6)
 
 
 @pytest.mark.parametrize("m, d", [(2, 2), (3, 5), (4, 2)])
@@ -253,25 +272,29 @@ def test_claim_i_fails_off_the_flow():
     """At the states of the conditions' figure, by the formulas and by autograd's rates: DP with
     u_i² < 1, OR with ρ < 1 are slower."""
     (target, effective, v), (target_or, W_or, alpha) = theory_figures.states_off_the_flow()
+
+    def rate(student, target, *params):
+        return along_the_flow(STUDENTS[student], lambda A: teacher_loss(A, target), params)[1]
+
     for u_squared in (0.3, 3.0):
         u = torch.full((2,), u_squared ** 0.5, dtype=torch.float64)
         W = effective / u[:, None]
-        _, dual = along_the_flow(STUDENTS["dual"], lambda A: theory.teacher_loss(A, target), (W, v, u))
-        _, standard = along_the_flow(STUDENTS["standard"], lambda A: theory.teacher_loss(A, target), (effective, v))
+        dual, standard = rate("dual", target, W, v, u), rate("standard", target, effective, v)
         assert (dual < standard) == (u_squared >= 1)
-        slower, faster, gain = theory_figures.dual_rates(target, W, v, u)
-        close(torch.stack((slower, faster, gain)), torch.stack((-standard, -dual, standard - dual)))
+        found = torch.stack(theory_figures.dual_rates(target, W, v, u))
+        close(found, torch.stack((-standard, -dual, standard - dual)))
+
     for rho in (0.3, 3.0):
-        params = (W_or, torch.ones(1, dtype=torch.float64), alpha / rho ** 0.5)
-        _, original = along_the_flow(STUDENTS["original"], lambda A: theory.teacher_loss(A, target_or), params)
-        plain = (W_or, original_reparam(*params[1:]))
-        _, standard = along_the_flow(STUDENTS["standard"], lambda A: theory.teacher_loss(A, target_or), plain)
+        beta, scaled = torch.ones(1, dtype=torch.float64), alpha / rho ** 0.5
+        original = rate("original", target_or, W_or, beta, scaled)
+        standard = rate("standard", target_or, W_or, original_reparam(beta, scaled))
         assert (original < standard) == (rho >= 1)
-        slower, faster, gain = theory_figures.original_rates(target_or, *params)
-        close(torch.stack((slower, faster, gain)), torch.stack((-standard, -original, standard - original)))
+        found = torch.stack(theory_figures.original_rates(target_or, W_or, beta, scaled))
+        close(found, torch.stack((-standard, -original, standard - original)))
 
 
-@pytest.mark.parametrize("student, law", [("dual", theory.dual_law), ("original", theory.original_law)])
+@pytest.mark.parametrize("student, law", [
+    ("dual", theory.dual_law), ("original", theory.original_law)])
 def test_claims_ii_are_the_laws_in_t_cubed(student, law):
     """2% at small t, and an error that halves with t: what is left is of order t⁴."""
     target = teachers(20, 3, 4, seed=2, largest=1.0)[5:]
@@ -289,11 +312,14 @@ def test_claims_iii_under_their_conditions():
     matching = torch.zeros(40, 4, 5, dtype=torch.float64)
     for k in range(40):
         entries = 1 + k % 4
-        rows, columns = torch.randperm(4, generator=generator)[:entries], torch.randperm(5, generator=generator)[:entries]
-        matching[k, rows, columns] = 1.5 * torch.randn(entries, generator=generator, dtype=torch.float64)
+        rows = torch.randperm(4, generator=generator)[:entries]
+        columns = torch.randperm(5, generator=generator)[:entries]
+        values = torch.randn(entries, generator=generator, dtype=torch.float64)
+        matching[k, rows, columns] = 1.5 * values
     assert below(flow("standard", matching, 3.0, 300)[0], flow("dual", matching, 3.0, 300)[0])
     equal = torch.randn(40, 3, 5, generator=generator, dtype=torch.float64)
-    equal = equal / equal.norm(dim=1, keepdim=True) * torch.linspace(0.1, 1.5, 40, dtype=torch.float64)[:, None, None]
+    lengths = torch.linspace(0.1, 1.5, 40, dtype=torch.float64)[:, None, None]
+    equal = equal / equal.norm(dim=1, keepdim=True) * lengths
     assert below(flow("standard", equal, 3.0, 300)[0], flow("original", equal, 3.0, 300)[0])
 
 
@@ -311,15 +337,19 @@ def test_claims_iii_fail_without_their_conditions(student):
 def test_hessian_of_the_coordinate_loss():
     _, _, random = problem(0, 3, 3)
     w, gamma, target = random(5), random(5), random(5)
-    whole = torch.autograd.functional.hessian(lambda p: 0.5 * (p[:5] * p[5:] - target).square().sum(), torch.cat((w, gamma)))
+
+    def loss(p):
+        return 0.5 * (p[:5] * p[5:] - target).square().sum()
+    whole = torch.autograd.functional.hessian(loss, torch.cat((w, gamma)))
     blocks = theory.hessian_block(w, gamma, target)
     for i in range(5):
         close(whole[[i, i + 5]][:, [i, i + 5]], blocks[i])
     assert whole.count_nonzero() == 20  # nothing outside the blocks
     values = torch.linalg.eigvalsh(blocks)
     close(torch.stack(theory.hessian_eigenvalues(w, gamma, target), -1), values)
-    largest, trace, frobenius = theory.sharpness(w, gamma, target)
-    close(torch.stack((largest, trace, frobenius)), torch.stack((torch.linalg.eigvalsh(whole)[-1], whole.trace(), whole.norm())))
+    largest = torch.linalg.eigvalsh(whole)[-1]
+    expected = torch.stack((largest, whole.trace(), whole.norm()))
+    close(torch.stack(theory.sharpness(w, gamma, target)), expected)
 
 
 def test_what_sharpness_does_to_sgds_descent():
@@ -341,30 +371,38 @@ def test_what_sharpness_does_to_sgds_descent():
     quiet = theory.sgd_descent(gradient, H, none, lr)
     assert quiet <= -lr * (1 - lr * torch.linalg.eigvalsh(H)[-1] / 2) * gradient.square().sum()
     for kind, covariance in (("isotropic", sigma2 * eye), ("aligned", sigma2 * H)):
-        close(theory.sgd_descent(gradient, H, covariance, lr) - quiet, lr ** 2 / 2 * theory.NOISE_TERMS[kind](H, sigma2))
+        price = theory.sgd_descent(gradient, H, covariance, lr) - quiet
+        close(price, lr ** 2 / 2 * theory.NOISE_TERMS[kind](H, sigma2))
     noise_term, bound = (H * C).sum(), theory.NOISE_TERMS["bounded"](H, C.trace())
     assert 0 < noise_term <= bound
-    worst = torch.linalg.eigh(H)[1][:, -1]  # noise along the sharpest direction meets the bound
+    worst = torch.linalg.eigh(H)[1][:, -1]  # noise along the sharpest direction attains the bound
     close((H * C.trace() * torch.outer(worst, worst)).sum(), bound)
 
 
-def simulated(decay_gamma, paths, time_end, steps, every, target=1.0, noise=0.1, decay_w=0.1, seed=0):
-    """[(t, w, γ)] for four coordinates from w = 0, γ = 1."""
-    target = torch.full((4,), target, dtype=torch.float64)
-    begin = torch.zeros(paths, 4, dtype=torch.float64), torch.ones(paths, 4, dtype=torch.float64)
-    return target, list(theory.simulate_sde(*begin, target, decay_w, decay_gamma, noise, time_end, steps, every, seed))
+def simulated(decay_gamma, paths, time_end, steps, every):
+    """(w*, [(t, w, γ)]) for four coordinates from w = 0, γ = 1, with λ = q = 0.1."""
+    target, one = (torch.ones(*shape, dtype=torch.float64) for shape in ((4,), (paths, 4)))
+    path = theory.simulate_sde(
+        0 * one, one, target, 0.1, decay_gamma, 0.1, time_end, steps, every)
+    return target, list(path)
 
 
 def test_the_simulation_without_noise_is_gradient_flow():
+    """Euler's method is of order one."""
     target = torch.full((4,), 1.5, dtype=torch.float64)
     w, gamma = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
-    flow = theory.gradient_flow(lambda w, gamma: 0.5 * (w * gamma - target).square().sum(), [w, gamma], 2.0, 400, [0.1, 0.3])[-1][1]
+
+    def loss(w, gamma):
+        return 0.5 * (w * gamma - target).square().sum()
+    flow = theory.gradient_flow(loss, [w, gamma], 2.0, 400, [0.1, 0.3])[-1][1]
 
     def error(steps):
-        t, *end = list(theory.simulate_sde(w, gamma, target, 0.1, 0.3, 0.0, 2.0, steps, steps))[-1]
+        path = theory.simulate_sde(w, gamma, target, 0.1, 0.3, 0.0, 2.0, steps, steps)
+        t, *end = list(path)[-1]
         assert t == pytest.approx(2.0)
         return sum((a - b).abs().max().item() for a, b in zip(end, flow))
-    assert error(2000) < 1e-3 and error(1000) / error(2000) == pytest.approx(2, rel=0.05)  # Euler's method is of order one
+    assert error(2000) < 1e-3
+    assert error(1000) / error(2000) == pytest.approx(2, rel=0.05)
 
 
 def test_the_simulations_noise_has_variance_q_t_and_is_independent():
@@ -378,36 +416,48 @@ def test_the_simulations_noise_has_variance_q_t_and_is_independent():
 def test_squared_norm_bound_solves_its_equation():
     """y' = -2 μ y + d q + ½‖w*‖², y(0) = E‖γ_0‖² (of eq. 30, by the inequality before eq. 27)."""
     target = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    bound = [theory.squared_norm_bound(7.0, target, 0.3, 0.2, t) for t in (0.0, 1.0 - 1e-4, 1.0, 1.0 + 1e-4)]
-    assert bound[0] == pytest.approx(7.0)
-    assert (bound[3] - bound[1]) / 2e-4 == pytest.approx(-0.6 * bound[2] + 3 * 0.2 + 0.5 * 5.25, rel=1e-6)
+
+    def bound(t):
+        return theory.squared_norm_bound(7.0, target, 0.3, 0.2, t)
+    assert bound(0.0) == pytest.approx(7.0)
+    slope = (bound(1.0 + 1e-4) - bound(1.0 - 1e-4)) / 2e-4
+    assert slope == pytest.approx(-0.6 * bound(1.0) + 3 * 0.2 + 0.5 * 5.25, rel=1e-6)
 
 
 def check_theorem_c1(paths, time_end, steps):
-    """μ > 0: the mean of ‖γ‖² is below its bound, and every sharpness stays level; μ = 0: all keep
-    growing. For both, the mean of ‖w‖² is below its bound, and ‖γ‖² - ‖w‖² changes by ∫(2λ‖w‖² -
-    2μ‖γ‖²) dt in the mean (eq. 25): what is left has mean zero."""
-    every, means = steps // 100, {}
+    """μ > 0: the mean of ‖γ‖² is below its bound, and every sharpness stays level. μ = 0: all keep
+    growing."""
+    means = {}
     for mu in (0.0, 0.1):
-        target, path = simulated(mu, paths, time_end, steps, every)
-        gammas, weights = (torch.stack([p[k].square().sum(-1) for p in path]) for k in (2, 1))  # (101, paths)
-        dt = time_end / 100
-        difference = gammas - weights
-        martingale = difference[-1] - difference[10] - torch.trapezoid((0.2 * weights - 2 * mu * gammas)[10:], dx=dt, dim=0)  # one a path
-        assert abs(martingale.mean()) < 4 * martingale.std() / paths ** 0.5 < 8.0
-        for t, _, _ in path[1:]:
-            k = round(t / dt)
-            assert weights[k].mean() < theory.squared_norm_bound(0.0, target, 0.1, 0.1, t)
-            if mu:
-                assert gammas[k].mean() < theory.squared_norm_bound(4.0, target, mu, 0.1, t)
-        metrics = torch.stack([torch.stack([m.mean() for m in theory.sharpness(w, gamma, target)]) for _, w, gamma in path])
-        means[mu] = torch.cat((gammas.mean(1, keepdim=True), metrics), 1)  # (101, 4): ‖γ‖², λ_max, trace, Frobenius
-    early, middle, late = (slice(20, 30), slice(45, 55), slice(90, 101))
-    growing, bounded = means[0.0], means[0.1]
-    assert (growing[middle].mean(0) > 1.15 * growing[early].mean(0)).all()
-    assert (growing[late].mean(0) > 1.15 * growing[middle].mean(0)).all()
-    assert ((bounded[late].mean(0) / bounded[early].mean(0) - 1).abs() < 0.1).all()
-    assert (growing[late].mean(0) > 3 * bounded[late].mean(0)).all()
+        target, path = simulated(mu, paths, time_end, steps, steps // 100)
+        check_balance_and_bounds(path, target, mu, time_end / 100)
+        means[mu] = torch.stack([
+            torch.stack([gamma.square().sum(-1).mean(),
+                         *(m.mean() for m in theory.sharpness(w, gamma, target))])
+            for _, w, gamma in path])  # (101, 4): ‖γ‖², λ_max, trace, Frobenius
+
+    early, middle, late = (
+        {mu: m[part].mean(0) for mu, m in means.items()}
+        for part in (slice(20, 30), slice(45, 55), slice(90, 101)))
+    assert (middle[0.0] > 1.15 * early[0.0]).all()
+    assert (late[0.0] > 1.15 * middle[0.0]).all()
+    assert ((late[0.1] / early[0.1] - 1).abs() < 0.1).all()
+    assert (late[0.0] > 3 * late[0.1]).all()
+
+
+def check_balance_and_bounds(path, target, mu, dt):
+    """‖γ‖² - ‖w‖² changes by ∫(2λ‖w‖² - 2μ‖γ‖²) dt in the mean (eq. 25): the rest has mean zero.
+    The mean of ‖w‖² is below its bound, and so is that of ‖γ‖² if μ > 0."""
+    weights = torch.stack([w.square().sum(-1) for _, w, _ in path])  # (101, paths)
+    gammas = torch.stack([gamma.square().sum(-1) for _, _, gamma in path])
+    difference, drift = gammas - weights, 0.2 * weights - 2 * mu * gammas
+    martingale = difference[-1] - difference[10] - torch.trapezoid(drift[10:], dx=dt, dim=0)
+    assert abs(martingale.mean()) < 4 * martingale.std() / len(martingale) ** 0.5 < 8.0
+    for k in range(1, len(path)):
+        t = k * dt
+        assert weights[k].mean() < theory.squared_norm_bound(0.0, target, 0.1, 0.1, t)
+        if mu:
+            assert gammas[k].mean() < theory.squared_norm_bound(4.0, target, mu, 0.1, t)
 
 
 def test_theorem_c1_by_simulation():
@@ -425,50 +475,62 @@ def test_theorem_c1_with_more_paths_and_finer_steps():
 def test_balance_under_decay(decay):
     _, (W,), random = problem(3, 4, 5)
     gamma = random(5)
-    path = theory.gradient_flow(lambda W, v: (W * v - 1).square().sum(), [W, gamma], 1.0, 1000, [decay, decay])
+    path = theory.gradient_flow(
+        lambda W, v: (W * v - 1).square().sum(), [W, gamma], 1.0, 1000, [decay, decay])
+    start = theory.column_invariant(W, gamma)
     for t, (W_t, gamma_t) in path[::200]:
-        close(theory.column_invariant(W_t, gamma_t), theory.balance_under_decay(theory.column_invariant(W, gamma), decay, t), 1e-8)
+        expected = theory.balance_under_decay(start, decay, t)
+        close(theory.column_invariant(W_t, gamma_t), expected, 1e-8)
 
 
 def test_direction_under_decay():
-    """Decay on α alone: its length as stated; ρ grows by the inverse. The same decay on a plain γ
-    would have pulled γ itself."""
+    """Decay only on α: its length as stated. The same decay on a plain γ would have pulled γ."""
     loss, (W,), random = problem(4, 3, 5)
     beta, alpha = random(1), random(5)
-    path = theory.gradient_flow(lambda beta, alpha: loss(W * original_reparam(beta, alpha)), [beta, alpha], 1.0, 1000, [0.0, 0.4])
+    path = theory.gradient_flow(
+        lambda beta, alpha: loss(W * original_reparam(beta, alpha)), [beta, alpha],
+        1.0, 1000, [0.0, 0.4])
     for t, (_, alpha_t) in path[::200]:
         close(alpha_t.square().sum(), theory.direction_under_decay(alpha, 0.4, t), 1e-8)
     close(theory.direction_under_decay(alpha, 0.4, 1.0), alpha @ alpha * math.exp(-0.8))
 
 
 def test_output_norm_under_decay_is_where_the_flow_rests():
-    target, curvature = torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64), torch.tensor([1.0, 3.0, 0.7], dtype=torch.float64)
+    """After an Input-Norm there is a weight: the flow reaches the same target although γ decays."""
+    target = torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64)
+    curvature = torch.tensor([1.0, 3.0, 0.7], dtype=torch.float64)
+    one = torch.ones(3, dtype=torch.float64)
 
-    def loss(gamma):
-        return 0.5 * (curvature * (gamma - target).square()).sum()
+    def loss(gamma, w=one):
+        return 0.5 * (curvature * (gamma * w - target).square()).sum()
     gamma, excess = theory.output_norm_under_decay(target, curvature, 0.4)
-    rest = theory.gradient_flow(loss, [torch.ones(3, dtype=torch.float64)], 40.0, 400, [0.4])[-1][1][0]
+    [rest] = theory.gradient_flow(loss, [one], 40.0, 400, [0.4])[-1][1]
     close(gamma, rest)
     close(excess, loss(rest))
-    # an Input-Norm's γ, before a weight: the flow reaches the same target although γ decays
-    both = theory.gradient_flow(lambda g, w: loss(g * w), [torch.ones(3, dtype=torch.float64)] * 2, 60.0, 1200, [0.4, 0.0])[-1][1]
-    assert loss(both[0] * both[1]) < 0.02 * excess
+    both = theory.gradient_flow(loss, [one, one], 60.0, 1200, [0.4, 0.0])[-1][1]
+    assert loss(*both) < 0.02 * excess
 
 
 def test_adamw_output_norm_limit():
     """Below 1/λ decay costs AdamW next to nothing, above it γ stays at 1/λ."""
     target = torch.tensor([3.0, -5.0, 0.5], dtype=torch.float64)
+
+    def loss(gamma):
+        return 0.5 * (gamma - target).square().sum()
     for decay in (0.1, 0.5):
-        path = theory_figures.adamw_path(lambda gamma: 0.5 * (gamma - target).square().sum(), [target.sign()], 0.02, 1500, decay)
+        path = theory_figures.adamw_path(loss, [target.sign()], 0.02, 1500, decay)
         close(path[-1][0], theory.adamw_output_norm_limit(target, decay), 0.02)
-    close(theory.adamw_output_norm_limit(target, 0.5), torch.tensor([2.0, -2.0, 0.5], dtype=torch.float64))
+    limit = torch.tensor([2.0, -2.0, 0.5], dtype=torch.float64)
+    close(theory.adamw_output_norm_limit(target, 0.5), limit)
 
 
 # ---- the integrator, the model, the figures ------------------------------------------------------
 
 def test_gradient_flow_is_of_order_four():
     def error(steps):
-        end = theory.gradient_flow(lambda x: 0.5 * x.square().sum(), [torch.ones(1, dtype=torch.float64)], 1.0, steps, [0.5])[-1]
+        one = torch.ones(1, dtype=torch.float64)
+        end = theory.gradient_flow(
+            lambda x: 0.5 * x.square().sum(), [one], 1.0, steps, [0.5])[-1]
         assert end[0] == pytest.approx(1.0)
         return abs(end[1][0].item() - math.exp(-1.5))
     assert 14 < error(10) / error(20) < 18
@@ -480,15 +542,20 @@ def test_sharing_wins_in_agreement_and_heterogeneity_in_conflict():
     for conflict in (False, True):
         loss, weights = theory_figures.sharing_problem(conflict)
         grads = theory.gradients(loss, weights)
-        shared, own = theory.descent_rate_shared(weights, one, grads), theory.descent_rate_heterogeneous(weights, [one, one], grads)
+        shared = theory.descent_rate_shared(weights, one, grads)
+        own = theory.descent_rate_heterogeneous(weights, [one, one], grads)
         assert (own < shared) == conflict
         _, shared, own = theory_figures.sharing_paths(conflict)
         assert all((b < a) == conflict for a, b in zip(shared[1:], own[1:]))
 
 
-@pytest.mark.parametrize("keys", [{}, {"scale_heterogeneous": True}, {"scale_heterogeneous": True, "scale_placement": "dual"},
-                                  {"scale_heterogeneous": True, "scale_reparam": "original"},
-                                  {"scale_heterogeneous": True, "scale_reparam": "exponential"}], ids=str)
+@pytest.mark.parametrize("keys", [
+    {},
+    {"scale_heterogeneous": True},
+    {"scale_heterogeneous": True, "scale_placement": "dual"},
+    {"scale_heterogeneous": True, "scale_reparam": "original"},
+    {"scale_heterogeneous": True, "scale_reparam": "exponential"},
+], ids=str)
 def test_the_gpts_query_weight_moves_as_stated(keys):
     """One small SGD step on the whole model. G comes from the folded model, where W̃ is the
     parameter itself."""
@@ -503,11 +570,13 @@ def test_the_gpts_query_weight_moves_as_stated(keys):
     if "scale_placement" in keys:
         expected = theory.effective_velocity_dual(W, q.scale_out().detach().clone(), v, G)
     elif "scale_reparam" in keys:  # W moves as ever, γ by -P ∇γ
-        P = {"original": theory.original_preconditioner, "exponential": theory.exponential_preconditioner}[keys["scale_reparam"]]
-        expected = -(v ** 2 * G + W * (P(scale.beta.detach(), scale.alpha.detach()) @ (W * G).sum(0)))
+        preconditioners = {"original": theory.original_preconditioner,
+                           "exponential": theory.exponential_preconditioner}
+        P = preconditioners[keys["scale_reparam"]](scale.beta.detach(), scale.alpha.detach())
+        expected = -(v ** 2 * G + W * (P @ (W * G).sum(0)))
     elif keys:
         expected = theory.effective_velocity(W, v, G)
-    else:  # a shared γ moves by what all its branches want: P_j G_j^q, and w_j^q times the others' <w_j^b, G_j^b>
+    else:  # a shared γ also moves by the others' <w_j^b, G_j^b>
         others = sum((getattr(attn, b).weight.detach() * grads[b]).sum(0) for b in ("k", "v"))
         expected = theory.effective_velocity(W, v, G) - W * others
 
@@ -521,7 +590,8 @@ def test_the_gpts_query_weight_moves_as_stated(keys):
 
 
 def draw(folder, names, monkeypatch):
-    monkeypatch.setattr(theory_figures, "FIGURES", {name: theory_figures.FIGURES[name] for name in names})
+    drawers = {name: theory_figures.FIGURES[name] for name in names}
+    monkeypatch.setattr(theory_figures, "FIGURES", drawers)
     theory_figures.main([str(folder)])
     return {path.name: path.read_bytes() for path in folder.glob("*")}
 
@@ -537,17 +607,38 @@ def test_figures_are_drawn_the_same_each_time(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_every_figure_draws(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
-    assert len(draw(tmp_path, list(theory_figures.FIGURES), monkeypatch)) == len(theory_figures.FIGURES)
+    names = list(theory_figures.FIGURES)
+    assert len(draw(tmp_path, names, monkeypatch)) == len(names)
+
+
+def test_pre_norm_difference():
+    """ε/(2 s²) with ε² in DNP's norm, for every stream that is large beside √ε; s² is the mean
+    square of W Norm(x). With ε in both norms it is exact at RMS 1 up to ε²."""
+    eps, s_squared = 1e-6, 256 * 0.02 ** 2
+    for size in (0.02, 1.0, 50.0):
+        difference = theory_figures.pre_norm_difference(size, eps, eps ** 2)
+        assert difference == pytest.approx(eps / (2 * s_squared), rel=0.1)
+    assert theory_figures.pre_norm_difference(1.0, eps, eps) < 1e-11
+    assert theory_figures.pre_norm_difference(0.02, eps, eps) > 0.01
 
 
 def test_each_figure_has_a_drawer_a_place_and_a_small_file():
     files = {path.name: path.stat().st_size for path in (ROOT / "figures").glob("theory_*.png")}
-    assert set(files) == {f"theory_{name}.png" for name in theory_figures.FIGURES} and max(files.values()) < 100_000
-    page = (ROOT / "docs" / "theory.md").read_text()
+    assert set(files) == {f"theory_{name}.png" for name in theory_figures.FIGURES}
+    assert max(files.values()) < 100_000
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     assert all(f"../figures/{name}" in page for name in files)
 
 
-def test_without_matplotlib_it_says_what_to_do(monkeypatch):
+def test_help_makes_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^0$"):
+        theory_figures.main(["--help"])
+    assert "docs/theory.md" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="^error: the figures need matplotlib: pip install matplotlib$"):
+    line = "^error: the figures need matplotlib: pip install matplotlib$"
+    with pytest.raises(SystemExit, match=line):
         theory_figures.main([])

@@ -331,7 +331,7 @@ def figure_output_norm(plt):
     left.plot([], [], ":", color="black", label="formula")
     finish(left, "Output-Norm: only γ can reach γ*", "time t", "loss", columns=2,
            ylim=(-0.01, 0.3))
-    finish(right, "Input-Norm: γ w must, only γ decays", "time t", "loss", columns=3,
+    finish(right, "Input-Norm: γ w can, and only γ decays", "time t", "loss", columns=3,
            ylim=(-0.01, 0.3))
     return figure
 

@@ -371,10 +371,10 @@ def direction_under_decay(alpha, decay, t):
 
 
 def output_norm_under_decay(target, curvature, decay):
-    """(γ, excess loss) where gradient flow on Σ ½ a_i (γ_i - γ*_i)² with decay λ rests: γ = γ* a/(a
-    + λ), at Σ ½ a (γ* λ/(a + λ))² above the minimum. Ours, for the paper's claim (section 2.2) that
-    decay hurts an Output-Norm: the scale of γ ⊙ Norm(z) is γ alone, no weight can undo its decay.
-    Of an Input-Norm γ may decay as it likes: W grows instead.
+    """(γ, excess loss) where gradient flow on Σ ½ a_i (γ_i - γ*_i)² with decay λ rests:
+    γ = γ* a/(a + λ), at Σ ½ a (γ* λ/(a + λ))² above the minimum. Ours, for the paper's claim
+    (section 2.2) that decay hurts an Output-Norm: only γ sets the scale of γ ⊙ Norm(z), so no
+    weight can undo its decay. Of an Input-Norm γ may decay as it likes: W grows instead.
     (d,), (d,) -> (d,), ()."""
     gamma = target * curvature / (curvature + decay)
     return gamma, (0.5 * curvature * (target * decay / (curvature + decay)) ** 2).sum()
