@@ -231,14 +231,15 @@ class MoE(nn.Module):
     def forward(self, x):
         """x (..., C), the residual stream -> (..., C), and one tensor (2 + E,): load-balancing
         loss, z-loss, load of each expert."""
-        shape, x = x.size(), x.flatten(0, -2)  # (N, C)
-        # in float32, because rounding must not reorder experts
+        shape = x.size()
+        # in float32, because rounding must not reorder experts; before x is flattened, because
+        # Inductor then fuses its backward pass with the residual stream's
         normalized = rms_norm(x.to(self.router.weight.dtype), self.eps)
-        logits = self.router(normalized)
+        x = pre_norm(x, (self.gate, self.up), normalized=normalized).flatten(0, -2)  # (N, C)
+        logits = self.router(normalized.flatten(0, -2))
         probabilities = logits.softmax(-1)
         weight, expert = probabilities.topk(self.n_active, dim=-1)  # (N, K)
 
-        x = pre_norm(x, (self.gate, self.up), normalized=normalized)
         y = self.routed(x, weight / weight.sum(-1, keepdim=True), expert)
         if self.shared_down:
             gate, up = fused(x, (self.shared_gate, self.shared_up), pad=True)

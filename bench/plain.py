@@ -106,15 +106,9 @@ class PlainGPT(nn.Module):
         return None, self.loss(x, targets)
 
     def loss(self, x, targets):
-        total = self.summed_loss(self.head_product(x).flatten(0, 1), targets.flatten())
-        return total / (targets != -1).sum()
-
-    def head_product(self, x):
-        return self.head(self.norm(x))
-
-    def summed_loss(self, y, targets):
-        logits = y.to(torch.promote_types(y.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        logits = self.head(self.norm(x))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def auxiliary_loss(self):
         return 0.0

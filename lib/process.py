@@ -25,20 +25,20 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 
 
 # Inductor recomputes short pointwise chains instead of storing them. Its defaults (4, 30) split
 # DNP's backward and store a float32 (N, F) tensor; these limits avoid that.
-INDUCTOR_OPTIONS = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
+INDUCTOR_OPTIONS = {"realize_reads_threshold": 12, "realize_acc_reads_threshold": 12,
+                    "realize_opcount_threshold": 60}
 
 
 def compile_model(model, **how):
-    """torch.compile for each block, the head's product and the loss. One graph serves all layers,
-    so the time to compile does not grow with depth. Product and loss are two parts, because as one
-    Inductor would store float32 logits. Experts in float32 are a loop whose shapes follow the
+    """torch.compile for each block, and for the head's product with the loss, which as one part
+    can put the gradient of the logits in their place. One graph serves all layers, so the time to
+    compile does not grow with depth. Experts in float32 are a loop whose shapes follow the
     routing: they stay eager. how: arguments of torch.compile in place of ours."""
     how = {"dynamic": False, "options": INDUCTOR_OPTIONS, **how}
     for layer in model.layers:
         looped = getattr(layer, "moe", False) and model.compute_dtype != torch.bfloat16
         (layer.attn if looped else layer).compile(**how)
-    for part in ("head_product", "summed_loss"):
-        setattr(model, part, torch.compile(getattr(model, part), **how))
+    model.loss = torch.compile(model.loss, **how)
 
 
 class Process:
