@@ -142,6 +142,6 @@ def test_cuda_bf16_compiled_agrees_with_float32(keys):
     model = randomize_scales(tiny_gpt(**shape)).cuda()
     model.compute_dtype = torch.bfloat16
     found = micro_steps(compiled(model))
-    assert counted() == (4 if "n_expert" in keys else 3, 0)
+    assert counted() == (3 if "n_expert" in keys else 2, 0)
     # a token that bfloat16 routes otherwise changes the gradients of two experts
     check_gradients(found, expected, 1.0 if "n_expert" in keys else 0.05, 0.05)
