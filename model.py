@@ -87,8 +87,8 @@ def scaled_linears(c, d, shapes, norm_width=None, absorbed_by=None, tied=False):
             (*shape, d), c.scale_placement if kind in c.placed_maps else placement,
             c.scale_vectors, c.scale_reparam, norm_width, c.norm_eps,
             (absorbed_by or {}).get(name), tied))
-    readers = [m for name, m in zip(shapes, maps) if name != "router"]
-    if all(m.placement.undoes_factor for m in readers):  # there is no Norm in front: see pre_norm
+    readers = [m for name, m in zip(shapes, maps) if name not in ("router", "o", "down")]
+    if all(m.placement.undoes_factor for m in readers):  # their Norm is left out: see pre_norm
         for m in readers:
             m.eps = c.norm_eps ** 2
     if not c.scale_heterogeneous:
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         # attention mixes positions, never channels, so o can take over what scales v's output
         q, k, v = scaled_linears(
             c, C, {"q": (C,), "k": (kv,), "v": (kv,)}, norm_width=D, absorbed_by={"v": o})
-        self.k, self.q, self.v, self.o = k, q, v, o  # the order in which weights are drawn
+        self.k, self.q, self.v, self.o = k, q, v, o  # weights are drawn in this order
         self.q_norm, self.k_norm = output_norm(c, D, c.qk_norm), output_norm(c, D, c.qk_norm)
 
     def forward(self, x, cos, sin, cache=None):
@@ -224,7 +224,7 @@ class MoE(nn.Module):
         maps = scaled_linears(c, C, shapes,
                               absorbed_by={"up": self.down, "shared_up": self.shared_down})
         router, gate, up, *shared = maps
-        self.gate, self.router = gate, router  # the order in which weights are drawn
+        self.gate, self.router = gate, router  # weights are drawn in this order
         self.shared_gate, self.shared_up = shared or (None, None)
         self.up = up
 
@@ -359,15 +359,15 @@ class GPT(nn.Module):
 
     def loss(self, x, targets):
         """Mean of -log softmax(logits)[target] in nats over the targets that are not -1.
-        x (B, T, C), targets (B, T) -> (). Of all that is as large as the logits only W̃ x is kept,
-        in the compute dtype."""
+        x (B, T, C), targets (B, T) -> (). Of all that is as large as the logits only W̃ x is kept
+        for the backward pass, in the compute dtype."""
         y, targets = self.head_product(x).flatten(0, -2), targets.flatten()  # (N, V), (N,)
         return self.summed_loss(y, targets) / (targets != -1).sum()
 
     def summed_loss(self, y, targets):
-        """The sum of that, from y = W̃ x. DNP's norm, γ_a and the softmax run in float32 or wider,
-        for a chunk of rows at a time, and again in the backward pass. Compiled, they are one loop
-        that stores nothing, and need no chunks."""
+        """The summed cross-entropy, from the head's product y. DNP's norm, γ_a and the softmax run
+        in float32 or wider for a chunk of rows at a time, and again in the backward pass. Compiled,
+        they are one loop that stores nothing, and need no chunks."""
         def cross_entropy(y, targets):
             logits = self.logits(y if y.dtype == torch.float64 else y.float())
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")

@@ -9,7 +9,7 @@ Scale vectors: everything this project is about, in one file. It imports torch o
   6. no map follows γ      OutputNorm
   7. making γ disappear    fold_scale_vectors
   8. who decays            SCALE_DECAY_POLICIES (IWD), weight_decay_groups
-  9. speed                 fused, pre_norm: nothing there changes a result
+  9. the product, fast     fused, pre_norm: the same results up to rounding, and ε in pre_norm
 
 Letters: x (..., d) an activation; W (m, d) a weight; v (d,) the scale vector on its input side,
 the paper's γ_b; u (m,) the one on its output side, γ_a; W̃ the effective weight. A stack of E
@@ -75,7 +75,7 @@ class ScaleVector(nn.Module):
     input_norm   a linear map follows immediately: the paper's Input-Norm (section 2.2)
     absorbable   a neighbouring linear map can take γ over exactly (ours). This is not input_norm:
                  γ_a under AP and DP, and under DNP on v and up, is absorbable and no Input-Norm
-    length       False: a Norm undoes γ's length, so that a β that only sets it is not trained
+    length       False: a Norm after the map undoes γ's length; then OR and ER have no β
     """
 
     def __init__(self, shape, input_norm, absorbable, reparam="none", length=True):
@@ -87,6 +87,7 @@ class ScaleVector(nn.Module):
         self.cached = None  # γ, within cached_scale_vectors
         _, alpha, beta, beta_is_length = REPARAMS[reparam]
         self.alpha = nn.Parameter(torch.full(self.shape, alpha))
+        # β is a parameter, a constant, or None
         trained = beta is not None and (length or not beta_is_length)
         self.beta = nn.Parameter(torch.full((*shape[:-1], 1), beta)) if trained else beta
 
@@ -122,7 +123,7 @@ def dual_weight(W, v, u):
 
 def dual_norm_output(y, u, m):
     """DNP (eq. 7): γ_a ⊙ Norm(y), where y = W(γ_b ⊙ x) by input_weight. Norm acts on each head
-    of q, k, v, and on the whole output of any other map."""
+    of q, k, v, and on the whole output of any other map. x needs no Norm: see pre_norm."""
     return scale(m.norm(y), u)
 
 
@@ -130,10 +131,10 @@ class Placement(NamedTuple):
     vectors: str  # those that exist: "v", which is γ_b; "u", which is γ_a; or "vu"
     weight: Callable  # (W, v, u) -> W̃; None for v or u stands for all ones
     output: Callable | None = None  # (W̃ x, u, the ScaledLinear) -> y; None: y = W̃ x
-    # What speed and folding may rely on. Without these all works; a test checks each claim.
-    factors: str = ""  # those that only multiply: "v" the input of W, "u" what comes out at the end
+    # Claims that speed and folding rely on; a test checks each. An entry works without them.
+    factors: str = ""  # those that only multiply: "v" the input of W, "u" y, as the last operation
     undoes_factor: bool = False  # c x gives the same y as x, for every c > 0
-    keeps_zeros: bool = False  # channels that hold 0 can be appended to W̃ x, and hold 0 in y
+    keeps_zeros: bool = False  # zeros appended to W̃ x are zeros in y, and change nothing else
 
 
 PLACEMENTS = {
@@ -198,7 +199,7 @@ class ScaledLinear(nn.Module):
         m = self.weight.size(-2)
         if y.size(-1) == m:
             return rms_norm(y.unflatten(-1, (-1, self.norm_width)), self.eps).flatten(-2)
-        coverage = m / y.size(-1)  # the rest are appended zeros, which mean(y²) must not count
+        coverage = m / y.size(-1)  # y ends in appended zeros, which mean(y²) must not count
         return rms_norm(y, self.eps * coverage) * coverage ** 0.5
 
     def output(self, y, routing=None):
@@ -215,13 +216,13 @@ class ScaledLinear(nn.Module):
 # ---- 5. who shares a γ ---------------------------------------------------------------------------
 
 def share_input_scale(maps):
-    """The standard form: one γ_b for all maps that read a Norm, W_q(γ ⊙ x̂), W_k(γ ⊙ x̂), ...
+    """Make the maps share one γ_b: the standard form, W_q(γ ⊙ x̂), W_k(γ ⊙ x̂), ...
     Without this call each map has its own, W_q(γ_q ⊙ x̂), W_k(γ_k ⊙ x̂), ...: HG (eq. 4)."""
     readers = [m for m in maps if m.scale_in]
     if not readers:
         return
-    keep_length = [m for m in readers if not m.placement.undoes_factor] or readers
-    shared = keep_length[0].scale_in
+    need_length = [m for m in readers if not m.placement.undoes_factor] or readers
+    shared = need_length[0].scale_in  # one with a β, if any reader needs γ's length
     for m in readers:
         del m.scale_in
         m.__dict__["scale_in"] = shared
@@ -296,7 +297,7 @@ def weight_decay_groups(model, weight_decay, policy="input_norm"):
             for name, params in groups.items() if params]
 
 
-# ---- 9. speed: nothing below changes a result ----------------------------------------------------
+# ---- 9. the product W̃ x, fast: equal up to rounding, and ε in pre_norm ---------------------------
 
 # the public name came with PyTorch 2.10
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm

@@ -56,9 +56,9 @@ class Batches:
 
 def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, stop):
     """One update from one global batch. parallel: the model, or DistributedDataParallel around it;
-    stop: this process was asked to. Returns means over the global batch: cross-entropy in nats per
-    token; the gradient's norm before clipping; whether any process was asked to stop; router_stats
-    as a flat list. No update is made if the first or the second is not finite."""
+    stop: whether this process got a signal. Returns means over the global batch: cross-entropy in
+    nats per token; the gradient's norm before clipping; whether any process got a signal;
+    router_stats as a flat list. No update is made if the first or the second is not finite."""
     optim.set_learning_rate(optimizer, lr)
     loss, routers = 0.0, 0.0
     for micro_step in range(batches.micro_steps):
@@ -197,7 +197,7 @@ def loop(run, stops):
             if last:
                 return val_loss, val_bpb
             began, lr = time.monotonic(), optim.learning_rate(run.step, config)
-            # no random numbers are drawn here; a fork with dropout resumes exactly all the same
+            # each step is seeded anew, so that a fork with dropout resumes exactly
             torch.manual_seed(config.seed + run.step * process.world_size + process.rank)
             loss, grad_norm, stop, routers = training_step(
                 run.model, run.parallel, run.optimizer, run.batches, lr, config.grad_clip, process,

@@ -130,7 +130,7 @@ def load_config(argv):
     on anything that is not a key, not of its type, or impossible. Allocates nothing."""
     if not argv:
         raise ValueError("no config given: start with `python train.py configs/quickstart.py`, "
-                         "some two minutes on two cores; configs/ holds others, and `python "
+                         "a minute or two on one core; configs/ holds others, and `python "
                          "train.py --help` lists every key")
     values, files = {}, [arg for arg in argv if not arg.startswith("--")]
     if len(files) > 1:

@@ -157,10 +157,14 @@ class RunLog:
         return rate * run.model.flops_per_token() / peak if rate and peak else None
 
     def warn_without_gradient(self, run):
-        """Name each trainable parameter of which the optimizer keeps no moments after a step."""
-        known = optimizer_state(run.optimizer)
+        """Name each trainable parameter whose first gradient was missing, or zero everywhere, by
+        the moments that the optimizer keeps of it. Scale vectors are computed as one batch, so one
+        that the loss does not depend on has a zero gradient, and decay would still shrink it."""
+        moments = optimizer_state(run.optimizer)
         for name, p in run.model.named_parameters():
-            if p.requires_grad and name not in known:
+            known = moments.get(name, {})
+            first = known.get("exp_avg", known.get("momentum_buffer"))
+            if p.requires_grad and (first is None or not first.any()):
                 self.say(f"{name} got no gradient in the first step: the loss does not depend on "
                          f"it, so it is not trained")
 

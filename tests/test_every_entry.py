@@ -54,6 +54,7 @@ def check_claims(name):
     draw = torch.Generator().manual_seed(0)
     W, v, u, x = (torch.randn(s, generator=draw, dtype=torch.float64)
                   for s in (shape, (6,), (4,), (5, 6)))
+    assert set(placement.vectors) <= set("vu") and set(placement.factors) <= set(placement.vectors)
     if "v" in placement.factors:
         torch.testing.assert_close(placement.weight(W, v, u), placement.weight(W, None, u) * v)
     if placement.output is None:
@@ -65,6 +66,7 @@ def check_claims(name):
         return placement.output(y, u, m)
 
     y = x @ placement.weight(W, v, u).T
+    assert output(y.bfloat16(), u.float()).dtype == torch.bfloat16
     if "u" in placement.factors:
         torch.testing.assert_close(output(y, u), output(y, None) * u)
     if placement.undoes_factor:
@@ -72,6 +74,16 @@ def check_claims(name):
     if placement.keeps_zeros:
         padded = output(F.pad(y, (0, 4)), u)
         torch.testing.assert_close(padded, F.pad(output(y, u), (0, 4)))
+
+
+@pytest.mark.parametrize("name", REPARAMS)
+def test_beta_is_length(name):
+    """Where an entry claims it, another β gives γ the same direction."""
+    function, _, _, beta_is_length = REPARAMS[name]
+    if beta_is_length:
+        alpha = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        a, b = (function(torch.tensor([beta]), alpha) for beta in (0.5, 1.5))
+        torch.testing.assert_close(a / a.norm(), b / b.norm())
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -82,10 +94,11 @@ def test_claims_of_an_entry(placement):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("keys", [
     {}, {"scale_heterogeneous": True, "scale_reparam": "exponential"}, MIXTURE,
+    {"scale_vectors": False},
     {"scale_heterogeneous": True, **MIXTURE, "scale_placement_on": EVERYWHERE},
     {"scale_placement_on": EVERYWHERE, "scale_reparam": "original"},
     {"scale_placement_on": "v,up", "qk_norm": True, "post_norm": True, "tie_embeddings": True},
-], ids=["shared", "HG", "mixture", "HG mixture", "everywhere", "output norms"])
+], ids=["shared", "HG", "mixture", "no vectors", "HG mixture", "everywhere", "output norms"])
 def test_one_function_of_a_placement(monkeypatch, keys, placement):
     check_one_function(monkeypatch, scale_placement=placement, **keys)
 

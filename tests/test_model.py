@@ -283,8 +283,8 @@ def test_sequence_too_long():
 
 
 def test_the_epsilon_of_dnp_is_squared_where_the_pre_norm_is_left_out():
-    for on, expected in (("q,k,v,gate,up,head", 1e-12), ("q,k,gate", 1e-6)):
+    for on, expected in (("q,k,v,gate,up,head", 1e-12), ("q,k,gate", 1e-6), ("o,down", 1e-6)):
         maps = dict(tiny_gpt(**UNIFIED, scale_placement_on=on).scaled_linears())
         normalized = {name: m.eps for name, m in maps.items() if m.placement.undoes_factor}
-        assert len(normalized) == (11 if "head" in on else 6)
+        assert len(normalized) == {1e-12: 11}.get(expected, 2 * len(on.split(",")))
         assert list(normalized.values()) == pytest.approx([expected] * len(normalized))
