@@ -20,7 +20,7 @@ holds something is never replaced.
 import argparse
 import collections
 import contextlib
-
+import errno
 import hashlib
 import itertools
 import json
@@ -257,7 +257,7 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
             meta = work.finish(name)
         except BaseException as error:
             work.give_up()
-            if getattr(error, "errno", None) in NO_ROOM:
+            if getattr(error, "errno", None) in (*NO_ROOM, errno.EFBIG):
                 raise cannot_write(partial, error, AGAIN) from None
             raise
         move_into_place(partial, place)
