@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import model as model_file
 from model import GPT, GPTConfig, apply_rope, rope_tables
-from norms import PLACEMENTS, REPARAMS
+from norms import PLACEMENTS, REPARAMS, rms_norm
 from optim import make_optimizer, param_groups
 
 COMBINATIONS = [dict(scale_heterogeneous=h, scale_placement=p, scale_reparam=r)
@@ -288,3 +288,23 @@ def test_the_epsilon_of_dnp_is_squared_where_the_pre_norm_is_left_out():
         normalized = {name: m.eps for name, m in maps.items() if m.placement.undoes_factor}
         assert len(normalized) == {1e-12: 11}.get(expected, 2 * len(on.split(",")))
         assert list(normalized.values()) == pytest.approx([expected] * len(normalized))
+
+
+def test_training_without_the_pre_norm_follows_the_same_losses(monkeypatch):
+    """Twenty steps of AdamW in float64, with eq. 7 as written and with its Pre-Norm left out."""
+    def losses(model):
+        optimizer, found = make_optimizer(param_groups(model, 0.1), lr=1e-2), []
+        for seed in range(20):
+            found.append(model(*tiny_batch(seed))[1])
+            optimizer.zero_grad()
+            found[-1].backward()
+            optimizer.step()
+        return torch.stack(found)
+
+    without, written = (tiny_gpt(torch.float64, **UNIFIED) for _ in range(2))
+    found = losses(without)
+    for _, m in written.scaled_linears():
+        m.eps = 1e-6
+    monkeypatch.setattr(model_file, "pre_norm", lambda x, maps, eps=1e-6: rms_norm(x, eps))
+    torch.testing.assert_close(losses(written), found, rtol=0, atol=1e-4)
+    assert found[-1] < found[0] - 0.1
