@@ -163,6 +163,8 @@ def costs_of(results, fit):
                     == (model, row, found["tuned_rate"], False)]
                    for row in (fit["row"], fit["other"])]
         if all(seconds):
+            if any(max(row) > 1.5 * min(row) for row in seconds):  # paused, or on a busy machine
+                return costs
             own = statistics.median(seconds[0]) / statistics.median(seconds[1])
             return {f"these runs' median seconds at {model}": own, **costs}
     return costs
