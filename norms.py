@@ -297,7 +297,7 @@ def weight_decay_groups(model, weight_decay, policy="input_norm"):
             for name, params in groups.items() if params]
 
 
-# ---- 9. the product W̃ x, fast: equal up to rounding, and ε in pre_norm ---------------------------
+# ---- 9. the product W̃ x, fast: equal up to rounding, and ε in pre_norm -------------------------
 
 # the public name came with PyTorch 2.10
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm

@@ -166,7 +166,7 @@ class RunLog:
             first = known.get("exp_avg", known.get("momentum_buffer"))
             if p.requires_grad and (first is None or not first.any()):
                 self.say(f"{name} got no gradient in the first step: the loss does not depend on "
-                         f"it, so it is not trained")
+                         f"it, so only decay can move it")
 
     def check_bad_steps(self, step, most):
         """Raise FloatingPointError if the last `most` steps or more were not finite. A checkpoint
