@@ -425,33 +425,6 @@ class GPT(nn.Module):
         attention = (6 if causal else 12) * c.n_layer * c.n_embd * c.block_size
         return 6 * round(weights) + attention
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
-                 use_cache=True):
-        """Yield max_new_tokens ids (B, 1), one at a time, that continue idx (B, T). temperature 0
-        takes the likeliest. Keys and values are cached. When block_size tokens are full, the newer
-        half is read once more and stays as the context. use_cache=False gives the same tokens by
-        reading the whole context for each."""
-        size, caches = self.config.block_size, None
-        context = idx[:, -size:]
-        for _ in range(max_new_tokens):
-            if context.size(1) > size:
-                context, caches = context[:, -(size // 2 or 1):], None
-            if caches is None or not use_cache:
-                caches, new = [[] for _ in self.layers], context
-            with torch.compiler.set_stance("force_eager"):  # each length would compile anew
-                logits = self(new, caches=caches)[0][:, -1].float()
-            if top_k:
-                least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
-                logits[logits < least] = -float("inf")
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                probabilities = (logits / temperature).softmax(-1)
-                new = torch.multinomial(probabilities, 1, generator=generator)
-            context = torch.cat((context, new), dim=1)
-            yield new
-
 
 # ---- checks of the configuration -----------------------------------------------------------------
 

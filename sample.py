@@ -36,6 +36,34 @@ def load_model(out_dir):
     return model.eval(), get_encoding(state["tokenizer"]), state["step"]
 
 
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
+             use_cache=True):
+    """Yield max_new_tokens ids (B, 1), one at a time, that continue idx (B, T). temperature 0
+    takes the likeliest. Keys and values are cached. When block_size tokens are full, the newer
+    half is read once more and stays as the context. use_cache=False gives the same tokens by
+    reading the whole context for each."""
+    size, caches = model.config.block_size, None
+    context = idx[:, -size:]
+    for _ in range(max_new_tokens):
+        if context.size(1) > size:
+            context, caches = context[:, -(size // 2 or 1):], None
+        if caches is None or not use_cache:
+            caches, new = [[] for _ in model.layers], context
+        with torch.compiler.set_stance("force_eager"):  # each length would compile anew
+            logits = model(new, caches=caches)[0][:, -1].float()
+        if top_k:
+            least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
+            logits[logits < least] = -float("inf")
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            probabilities = (logits / temperature).softmax(-1)
+            new = torch.multinomial(probabilities, 1, generator=generator)
+        context = torch.cat((context, new), dim=1)
+        yield new
+
+
 def show(text):
     """Print what standard output can show, "?" for the rest: a terminal that is not UTF-8 must
     not end a run."""
@@ -59,7 +87,7 @@ def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # characters of many tokens
     show(prompt)
     ids = torch.tensor([ids], device=device)
-    for token in model.generate(ids, max_new_tokens, temperature, top_k, generator):
+    for token in generate(model, ids, max_new_tokens, temperature, top_k, generator):
         if token.item() == encoding.eot_token:
             break
         try:

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from lib.process import compile_model
 from model import GPT
+from sample import generate
 
 # the graphs that Inductor would get, run by PyTorch's own kernels
 PARTS = dict(backend="aot_eager", options=None)
@@ -75,7 +76,7 @@ def test_graphs_and_recompiles(keys, dtype, parts):
         model.train()
     assert counted() == (2 * parts, 0)
     micro_steps(model, batches=3)
-    list(model.eval().generate(tiny_batch(length=5)[0], 3))
+    list(generate(model.eval(), tiny_batch(length=5)[0], 3))
     assert counted() == (2 * parts, 0)
 
     plain = four_layers()

@@ -16,6 +16,7 @@ from conftest import PAPER_PLACEMENTS, ROOT, TINY, UNIFIED, randomize_scales, ti
 from torch.nn import functional as F
 
 import model as model_file
+import sample
 from model import GPT, GPTConfig, apply_rope, rope_tables
 from norms import PLACEMENTS, REPARAMS, rms_norm
 from optim import make_optimizer, param_groups
@@ -230,7 +231,7 @@ def test_generate(keys):
     model, idx = tiny_gpt(torch.float64, n_layer=1, **keys), tiny_batch(length=5)[0]
 
     def generate(n, **how):
-        return torch.cat(list(model.generate(idx, n, **how)), 1)
+        return torch.cat(list(sample.generate(model, idx, n, **how)), 1)
 
     found, context = generate(30, temperature=0), idx
     assert torch.equal(generate(30, temperature=0, use_cache=False), found)
@@ -248,7 +249,7 @@ def test_a_cached_step_reads_one_position():
     model, rows = tiny_gpt(), []
     for attention in (layer.attn for layer in model.layers):
         attention.register_forward_hook(lambda module, args, out: rows.append(args[0].size(1)))
-    list(model.generate(tiny_batch(length=5)[0], 11, temperature=0))
+    list(sample.generate(model, tiny_batch(length=5)[0], 11, temperature=0))
     assert rows == [5, 5] + [1] * 20
 
 

@@ -27,17 +27,19 @@ def test_sample(undisturbed, capsys):
 
 
 class Scripted(torch.nn.Module):
-    """In place of a model: says what it is told, and keeps the prompt's ids."""
+    """In place of a model: its logits leave no choice but the tokens that it was told."""
 
     def __init__(self, tokens, vocab_size=400):
         super().__init__()
-        self.anchor, self.tokens = torch.nn.Parameter(torch.zeros(1)), tokens
-        self.config = SimpleNamespace(vocab_size=vocab_size)
+        self.anchor, self.tokens = torch.nn.Parameter(torch.zeros(1)), iter(tokens)
+        self.config, self.layers = SimpleNamespace(vocab_size=vocab_size, block_size=999), []
+        self.read = []
 
-    def generate(self, idx, max_new_tokens, *args):
-        self.prompt = idx[0].tolist()
-        for token in self.tokens:
-            yield torch.tensor([[token]])
+    def forward(self, idx, caches):
+        self.read.append(idx[0].tolist())
+        logits = torch.zeros(1, 1, self.config.vocab_size)
+        logits[..., next(self.tokens)] = 1e9
+        return logits, None
 
 
 def test_characters_of_several_tokens_come_whole(capsys):
@@ -51,7 +53,7 @@ def test_characters_of_several_tokens_come_whole(capsys):
 def test_a_terminal_that_is_not_utf8_ends_no_run(monkeypatch, terminal, shown):
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=terminal))
-    stream_text(Scripted([*" γ a".encode()]), get_encoding("bytes"), "xé", 100)
+    stream_text(Scripted([*" γ a".encode()]), get_encoding("bytes"), "xé", 5)
     assert screen.getvalue() == shown
 
 
@@ -59,8 +61,8 @@ def test_without_a_tokenizer_the_text_is_token_ids(capsys):
     """nanoGPT's character data: 65 ids, of which 0 is a character like any other."""
     for prompt, ids, shown in (("\n", [0], "\n 5 0 64"), ("17 4", [17, 4], "17 4 5 0 64")):
         model = Scripted([5, 0, 64], vocab_size=65)
-        stream_text(model, get_encoding("ids"), prompt, 100)
-        assert model.prompt == ids
+        stream_text(model, get_encoding("ids"), prompt, 3)
+        assert model.read[0] == ids
         unknown = "(token ids: the tokenizer of the training data is not known)"
         assert capsys.readouterr().out == f"{unknown}\n{shown}\n"
     for prompt, message in (("To be", "give token ids as the prompt"), ("-1", "token id -1"),

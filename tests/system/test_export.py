@@ -31,7 +31,7 @@ from hf.from_hf import need, same_logits  # noqa: E402
 from lib.checkpoint import save_checkpoint  # noqa: E402
 from lib.config import load_config, to_dict  # noqa: E402
 from lib.data import get_encoding  # noqa: E402
-from sample import load_model  # noqa: E402
+from sample import generate, load_model  # noqa: E402
 
 MOE = dict(n_expert=4, n_expert_active=2, d_expert=24)
 EVERYWHERE = "q,k,v,gate,up,head,o,down"
@@ -124,7 +124,7 @@ def test_family(family, tmp_path):
         assert_same_logits(model, theirs)
 
     idx = some_ids(6)
-    tokens = torch.cat([idx, *model.generate(idx, 8, temperature=0)], dim=1)
+    tokens = torch.cat([idx, *generate(model, idx, 8, temperature=0)], dim=1)
     for use_cache in (True, False):
         assert torch.equal(greedy(theirs, idx, 8, use_cache=use_cache), tokens)
     theirs.save_pretrained(tmp_path / "again")
