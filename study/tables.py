@@ -250,5 +250,5 @@ def fill(text, folder=ROOT / "results"):
             content = table(read(path)) if path.is_file() else "Not run yet."
         else:
             content = {"results": readme, "quickstart": quickstart}[what](folder)
-        return f"<!-- {match[1]} -->\n\n{content}\n\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{content}\n<!-- end -->"
     return BLOCK.sub(write, text)
