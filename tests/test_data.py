@@ -5,7 +5,6 @@ permutation that depends on nothing but the seed and the sample number, and stay
 """
 import json
 import os
-import pickle
 import shutil
 
 import numpy as np
@@ -99,10 +98,14 @@ def test_a_shard_that_changes_during_a_run_is_one_line(tmp_path, change, message
 # the order
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 4097, 65537])
-def test_permute_is_a_permutation(n):
-    image = permute(np.arange(n), n, [7, 0])
-    assert np.array_equal(np.sort(image), np.arange(n))
-    assert np.array_equal(permute([n - 1, 0], n, [7, 0]), image[[n - 1, 0]])  # entry by entry
+def test_an_epoch_has_every_window_once_and_the_next_another_order(n):
+    epochs = window_numbers(0, 3 * n, n, seed=7).reshape(3, n)
+    for number, epoch in enumerate(epochs):
+        assert np.array_equal(np.sort(epoch), np.arange(n))
+        assert np.array_equal(permute(np.arange(n), n, [7, number]), epoch)
+    if n > 100:
+        for other in (epochs[1], epochs[2], np.arange(n), window_numbers(0, n, n, seed=8)):
+            assert (epochs[0] == other).mean() < 0.05
 
 
 def test_permute_looks_random():
@@ -115,15 +118,6 @@ def test_permute_looks_random():
     counts = np.histogram2d(np.arange(n), image, bins=10)[0]
     # chi-square with 81 degrees of freedom: mean 81, standard deviation 13
     assert ((counts - 1000) ** 2 / 1000).sum() < 200
-
-
-def test_an_epoch_has_every_window_once_and_the_next_another_order():
-    n = 103
-    epochs = window_numbers(0, 3 * n, n, seed=5).reshape(3, n)
-    for epoch in epochs:
-        assert np.array_equal(np.sort(epoch), np.arange(n))
-    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
-    assert (window_numbers(0, n, n, seed=6) != epochs[0]).any()
 
 
 @pytest.mark.parametrize("size", [1, 7, 16])
@@ -148,18 +142,13 @@ def test_the_order_stays_that_of_the_committed_results(first, n, seed, expected)
 
 def test_folders_of_other_programs(tmp_path):
     tokens = np.arange(500) % 90
-    nanogpt_folder(tmp_path, tokens)
-    assert len(Dataset(tmp_path, 16, 50304).train) == 31
-
-    fineweb = tmp_path / "fineweb"
-    fineweb.mkdir()
     for name in ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"):
-        llmc_shard(fineweb / name, tokens)
-    dataset = Dataset(fineweb, 16, 50304)
+        llmc_shard(tmp_path / name, tokens)
+    dataset = Dataset(tmp_path, 16, 50304)
     assert (len(dataset.train), len(dataset.val)) == (62, 31)
     with pytest.raises(ValueError, match="token id 89 is beyond vocab_size=80"):
-        Dataset(fineweb, 16, 80)
-    unread = Dataset(fineweb, 16, 80, verify=False)  # as a dataset too big to be read at the start
+        Dataset(tmp_path, 16, 80)
+    unread = Dataset(tmp_path, 16, 80, verify=False)  # as a dataset too big to be read at the start
     with pytest.raises(ValueError, match="token id 8[0-9] is beyond vocab_size=80"):
         unread.train[list(range(10))]
 
@@ -178,16 +167,6 @@ def test_a_whole_word_decides_the_split(tmp_path):
         Dataset(tmp_path, 16)
 
 
-class Trap:
-    """A pickle that makes a folder if it is ever loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("highest, has_pickle, tokenizer", [
     (50256, False, "gpt2"),
     (256, False, "gpt2"),
@@ -198,11 +177,10 @@ class Trap:
 def test_when_shards_are_taken_for_gpt2s(tmp_path, highest, has_pickle, tokenizer):
     nanogpt_folder(tmp_path, [0] * 50 + [highest] + [1] * 50)
     if has_pickle:
-        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "loaded")))
+        (tmp_path / "meta.pkl").touch()  # an error if it were loaded
     opened = Dataset(tmp_path, 16)
     assert opened.tokenizer == tokenizer
     assert tokenizer == "gpt2" or opened.val_bytes_per_token is None
-    assert not (tmp_path / "loaded").exists()
 
 
 def test_bytes_per_token_of_gpt2s_shards(tmp_path, needs_gpt2):
@@ -221,8 +199,6 @@ def test_our_folder(dataset):
     assert opened.tokenizer == "bytes"
     assert opened.train.tokens == meta["train"]["tokens"]
     assert opened.val.tokens == meta["val"]["tokens"]
-    text = bytes((opened.val.shards[0].read(0, 2000) % 256).astype(np.uint8)).decode()
-    assert "sums, part" in text and " + " in text
     text_bytes = opened.val.tokens - meta["val"]["documents"]
     assert opened.val_bytes_per_token == text_bytes / opened.val.tokens
 
@@ -239,11 +215,6 @@ def test_a_folder_without_a_dataset(tmp_path):
     (tmp_path / "x_val_0.npy").touch()
     with pytest.raises(FileNotFoundError, match="its .npy shards cannot be read"):
         Dataset(tmp_path, 16)
-
-
-def test_a_home_folder_is_a_home_folder(dataset, monkeypatch):
-    monkeypatch.setenv("HOME", str(dataset.parent))
-    assert Dataset(f"~/{dataset.name}", 16).folder == dataset
 
 
 def test_a_dataset_must_fit_the_model(dataset):
