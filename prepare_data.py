@@ -155,40 +155,38 @@ class Preparation:
     """A dataset in the making: `documents` up to `position` are in the shards of `splits`."""
 
     def __init__(self, partial, documents, options):
+        """Start, or continue what OUT.partial holds. Raises ValueError if an option or the input
+        differs from what it was begun with, or if it is damaged or was not begun here."""
         self.partial, self.documents, self.options = partial, documents, options
         self.encoding = get_encoding(options["encoding"])
         self.dtype = np.uint16 if self.encoding.n_vocab <= 2 ** 16 else np.uint32
-
-    def identity(self, position):
-        """What must not change for a resume from `position`: options and inputs, a line each."""
-        options = [f"--{key.replace('_', '-')} {value}" for key, value in self.options.items()]
-        return options + self.documents.identity(position)
-
-    def begin(self):
-        """Start, or continue what OUT.partial holds. Raises ValueError if an option or the input
-        differs from what it was begun with, or if it is damaged or was not begun here."""
         progress = {"position": (0, 0), "splits": {
             split: {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
             for split in ("train", "val")}}
-        is_new = not {path.name for path in self.partial.iterdir()} - {"lock", "progress.json.tmp"}
+        is_new = not {path.name for path in partial.iterdir()} - {"lock", "progress.json.tmp"}
         try:
             if not is_new:
-                progress = json.loads((self.partial / "progress.json").read_bytes())
+                progress = json.loads((partial / "progress.json").read_bytes())
                 now = self.identity(progress["position"])
                 for old, new in itertools.zip_longest(progress["begun_with"], now):
                     if old != new:
                         raise ValueError(f"it was begun with {old}, not {new}")
             self.position, self.splits = tuple(progress["position"]), progress["splits"]
-            self.writers = {split: ShardWriter(self.partial, split, self.dtype,
-                                               self.options["shard_tokens"], record)
+            self.writers = {split: ShardWriter(partial, split, self.dtype,
+                                               options["shard_tokens"], record)
                             for split, record in self.splits.items()}
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{self.partial} cannot be resumed: {error}. Give the command that it "
-                             f"was begun with, or move it away, or choose another --out") from None
+            raise ValueError(f"{partial} cannot be resumed: {error}. Give the command that it was "
+                             f"begun with, or move it away, or choose another --out") from None
         if is_new:
             self.save()
         else:
-            print(f"resuming {self.partial} after {self.tokens():,} tokens", flush=True)
+            print(f"resuming {partial} after {self.tokens():,} tokens", flush=True)
+
+    def identity(self, position):
+        """What must not change for a resume from `position`: options and inputs, a line each."""
+        options = [f"--{key.replace('_', '-')} {value}" for key, value in self.options.items()]
+        return options + self.documents.identity(position)
 
     def tokens(self):
         return sum(record["tokens"] for record in self.splits.values())
@@ -208,21 +206,22 @@ class Preparation:
             ids = self.encoding.encode_to_numpy(text, disallowed_special=())
             return np.append(ids, self.encoding.eot_token).astype(self.dtype)
 
-        texts, out = {"train": [], "val": []}, {}
+        texts = {"train": [], "val": []}
         for text, _ in chunk:
             held_out = is_validation(text, self.options["val_fraction"])
             texts["val" if held_out else "train"].append(text)
-        for split, kept in texts.items():
-            tokens = np.concatenate([np.empty(0, self.dtype), *map(encode, kept)])
-            out[split] = tokens, sum(len(text.encode()) for text in kept), len(kept)
-        return out, chunk[-1][1]
+        parts = {split: (np.concatenate([np.empty(0, self.dtype), *map(encode, kept)]),
+                         sum(len(text.encode()) for text in kept), len(kept))
+                 for split, kept in texts.items()}
+        return parts, chunk[-1][1]
 
     def write(self, workers):
         """Tokenize and write the documents after `position`; save whenever a shard is finished."""
         chunks = in_chunks(self.documents.documents(self.position))
         for parts, position in map_in_order(self.tokenize, chunks, workers):
             self.position = position
-            if any([self.writers[split].write(*part) for split, part in parts.items()]):
+            finished = [self.writers[split].write(*part) for split, part in parts.items()]
+            if any(finished):
                 self.save()
                 print(f"  {self.tokens():,} tokens, up to {self.identity(self.position)[-1]}",
                       flush=True)
@@ -285,7 +284,6 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
     try:
         with hold_lock(partial / "lock", f"another process is preparing {out}"):
             work = Preparation(partial, documents, options)
-            work.begin()
             try:
                 work.write(workers or os.cpu_count())
                 meta = work.finish(name)

@@ -163,34 +163,25 @@ class HubInput(FileInput):
     the package datasets. It counts as one file."""
 
     def __init__(self, name, subset, split, revision, field="text", skip_bad=False):
-        try:
-            import datasets
-        except ImportError:
-            raise ValueError("--hf needs the package datasets: pip install datasets") from None
         path = Path(os.path.realpath(os.path.expanduser(name)))
-        name = path if path.is_dir() else Path(name)
-        super().__init__([(name, name)], field, skip_bad=skip_bad)
-        self.name = f"--hf {name}"
-        self.wanted = {"subset": subset, "split": split, "revision": revision}
-        self.dataset = self.attempt(lambda: datasets.load_dataset(
-            str(name), subset, split=split, revision=revision, streaming=True))
-
-    def attempt(self, function):
-        """function(). Raises an OSError of one line for whatever datasets raises."""
-        try:
-            return function()
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise OSError(f"{self.name}: {reason}") from None
+        self.name = str(path) if path.is_dir() else name
+        super().__init__([(Path(self.name), Path(self.name))], field, skip_bad=skip_bad)
+        self.wanted = {"name": subset, "split": split, "revision": revision}
 
     def records(self):
-        records = iter(self.dataset)
-        while (record := self.attempt(lambda: next(records, None))) is not None:
-            yield record
+        """Raises an OSError of one line for whatever the package datasets raises."""
+        try:
+            import datasets
+            yield from datasets.load_dataset(self.name, **self.wanted, streaming=True)
+        except ImportError:
+            raise OSError("--hf needs the package datasets: pip install datasets") from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise OSError(f"--hf {self.name}: {reason}") from None
 
     def read(self, _):
-        return texts_of(self.records(), f"{self.name}, record", self.field, self.skip)
+        return texts_of(self.records(), f"--hf {self.name}, record", self.field, self.skip)
 
     def identity(self, _):
         """What must not change for a position to mean the same."""
-        return [f"{self.name} {self.wanted}"]
+        return [f"--hf {self.name} {self.wanted}"]
