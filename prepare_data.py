@@ -5,6 +5,7 @@ Text to token shards.
   python prepare_data.py PATH... --out data/x   .txt .md .py .jsonl files, .gz of them, folders
   python prepare_data.py --hf NAME --out data/x a Hugging Face dataset, streamed; or a local folder
                                                 of parquet, csv, ... files
+  python prepare_data.py --verify data/x        read a finished dataset in full and check it
 
 A document is a text file, a line of a .jsonl or a record of a Hugging Face dataset; <|endoftext|>
 follows each. A hash of its text decides whether it is held out for validation. So it stays in its
@@ -25,7 +26,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 import sysconfig
 import time
@@ -34,14 +34,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data import ShardWriter
+from lib.data import HEADER_BYTES, MAGIC, Dataset, Shard
 from lib.disk import NO_ROOM, cannot_write, sync_folder, write_whole
-from lib.documents import TEXT, FileInput, HubInput, find_files, text_suffix
+from lib.documents import TEXT, FileInput, HubInput, find_files, text_suffix, walk
 from lib.lock import hold_lock
 from lib.tokenizer import get_encoding
 
 CHUNK_CHARS = 2 ** 18  # what one thread tokenizes at a time
-OWN_FILES = re.compile(r"(train|val)_\d{6}\.bin|(meta|progress)\.json(\.tmp)?|lock")
 AGAIN = "give the same command again"
 
 
@@ -64,17 +63,6 @@ def default_max_document(files, val_fraction):
     return min(2 ** 20, 2 ** (wanted.bit_length() - 1))
 
 
-def tokenize(documents, encoding, val_fraction, dtype):
-    """[(split, tokens, bytes of text, position)] of a list of (text, position)."""
-    out = []
-    for text, position in documents:
-        split = "val" if is_validation(text, val_fraction) else "train"
-        ids = encoding.encode_to_numpy(text, disallowed_special=())  # special tokens are only text
-        tokens = np.append(ids, encoding.eot_token).astype(dtype)
-        out.append((split, tokens, len(text.encode()), position))
-    return out
-
-
 def in_chunks(documents):
     """Lists of (text, position) of about CHUNK_CHARS characters together."""
     chunk, size = [], 0
@@ -90,16 +78,174 @@ def in_chunks(documents):
 
 def map_in_order(function, items, workers):
     """function over items in `workers` threads; results in order, 2 x workers items in flight."""
-    pool, pending = ThreadPoolExecutor(workers), collections.deque()
-    try:
+    pending = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) >= 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# tokens to shards
+
+class ShardWriter:
+    """Writes one split to train_000000.bin, train_000001.bin, ... of shard_tokens tokens each; the
+    header goes in last. `record` is what meta.json says of the split. It is also all that a resume
+    needs. Raises ValueError or OSError if the shards are not as it says."""
+
+    def __init__(self, folder, split, dtype, shard_tokens, record):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.itemsize, self.record = np.dtype(dtype).itemsize, record
+        for shard in record["shards"]:
+            if len(Shard(folder / shard["name"])) != shard["tokens"]:
+                raise ValueError(f"{folder / shard['name']} has another number of tokens")
+        # tokens of the next shard, which is unfinished
+        self.count = record["tokens"] - sum(shard["tokens"] for shard in record["shards"])
+        if self.count and self.path().stat().st_size < self.size():
+            raise ValueError(f"{self.path()} has lost tokens")
+
+    def path(self):
+        return self.folder / f"{self.split}_{len(self.record['shards']):06d}.bin"
+
+    def size(self):
+        return HEADER_BYTES + self.count * self.itemsize
+
+    def write(self, tokens, text_bytes, documents):
+        """Add documents. Returns True if a shard became full."""
+        finished = len(self.record["shards"])
+        self.record["tokens"] += len(tokens)
+        self.record["bytes"] += text_bytes
+        self.record["documents"] += documents
+        while len(tokens):
+            part, tokens = np.split(tokens, [self.shard_tokens - self.count])
+            with open(self.path(), "r+b" if self.count else "wb") as f:
+                f.seek(self.size())
+                f.write(part)
+            self.count += len(part)
+            if self.count == self.shard_tokens:
+                self.finish()
+        return len(self.record["shards"]) > finished
+
+    def flush(self):
+        """Bring what was written of the unfinished shard to the disk."""
+        if self.count:
+            with open(self.path(), "rb") as f:
+                os.fsync(f.fileno())
+
+    def finish(self):
+        """Finish the unfinished shard, if there is one."""
+        if not self.count:
+            return
+        header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+        header[:4] = MAGIC, 1, self.count, self.itemsize
+        with open(self.path(), "r+b") as f:
+            f.write(header)
+            f.truncate(self.size())  # a preparation that was killed may have written more
+        self.flush()
+        checksum, _ = Shard(self.path()).checksum()
+        self.record["shards"].append(
+            {"name": self.path().name, "tokens": self.count, "sha256": checksum})
+        self.count = 0
+
+
+class Preparation:
+    """A dataset in the making: `documents` up to `position` are in the shards of `splits`."""
+
+    def __init__(self, partial, documents, options):
+        """Start, or continue what OUT.partial holds. Raises ValueError if an option or the input
+        differs from what it was begun with, or if it is damaged or was not begun here."""
+        self.partial, self.documents, self.options = partial, documents, options
+        self.encoding = get_encoding(options["encoding"])
+        self.dtype = np.uint16 if self.encoding.n_vocab <= 2 ** 16 else np.uint32
+        progress = {"position": (0, 0), "splits": {
+            split: {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
+            for split in ("train", "val")}}
+        is_new = not {path.name for path in partial.iterdir()} - {"lock", "progress.json.tmp"}
+        try:
+            if not is_new:
+                progress = json.loads((partial / "progress.json").read_bytes())
+                now = self.identity(progress["position"])
+                for old, new in itertools.zip_longest(progress["begun_with"], now):
+                    if old != new:
+                        raise ValueError(f"it was begun with {old}, not {new}")
+            self.position, self.splits = tuple(progress["position"]), progress["splits"]
+            self.writers = {split: ShardWriter(partial, split, self.dtype,
+                                               options["shard_tokens"], record)
+                            for split, record in self.splits.items()}
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"{partial} cannot be resumed: {error}. Give the command that it was "
+                             f"begun with, or move it away, or choose another --out") from None
+        if is_new:
+            self.save()
+        else:
+            print(f"resuming {partial} after {self.tokens():,} tokens", flush=True)
+
+    def identity(self, position):
+        """What must not change for a resume from `position`: options and inputs, a line each."""
+        options = [f"--{key.replace('_', '-')} {value}" for key, value in self.options.items()]
+        return options + self.documents.identity(position)
+
+    def tokens(self):
+        return sum(record["tokens"] for record in self.splits.values())
+
+    def save(self):
+        """Write down how to continue from here."""
+        for writer in self.writers.values():
+            writer.flush()
+        progress = {"position": self.position, "splits": self.splits,
+                    "begun_with": self.identity(self.position)}
+        write_whole(self.partial / "progress.json", json.dumps(progress, indent=1), AGAIN)
+
+    def tokenize(self, chunk):
+        """{split: (tokens, bytes of text, documents)} of a list of (text, position), and the last
+        position."""
+        def encode(text):  # special tokens are only text
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+            return np.append(ids, self.encoding.eot_token).astype(self.dtype)
+
+        texts = {"train": [], "val": []}
+        for text, _ in chunk:
+            held_out = is_validation(text, self.options["val_fraction"])
+            texts["val" if held_out else "train"].append(text)
+        parts = {split: (np.concatenate([np.empty(0, self.dtype), *map(encode, kept)]),
+                         sum(len(text.encode()) for text in kept), len(kept))
+                 for split, kept in texts.items()}
+        return parts, chunk[-1][1]
+
+    def write(self, workers):
+        """Tokenize and write the documents after `position`; save whenever a shard is finished."""
+        chunks = in_chunks(self.documents.documents(self.position))
+        for parts, position in map_in_order(self.tokenize, chunks, workers):
+            self.position = position
+            finished = [self.writers[split].write(*part) for split, part in parts.items()]
+            if any(finished):
+                self.save()
+                print(f"  {self.tokens():,} tokens, up to {self.identity(self.position)[-1]}",
+                      flush=True)
+
+    def finish(self, source):
+        """Finish the last shards and write meta.json, which is returned."""
+        for split, record in self.splits.items():
+            if not record["tokens"]:
+                raise ValueError(f"no document fell into the {split} split: give more documents, "
+                                 f"or another --val-fraction")
+        for writer in self.writers.values():
+            writer.finish()
+        meta = {"format": 1, "tokenizer": self.options["encoding"],
+                "vocab_size": self.encoding.n_vocab, "source": source,
+                "val_fraction": self.options["val_fraction"], "splits": self.splits}
+        write_whole(self.partial / "meta.json", json.dumps(meta, indent=1), AGAIN)
+        return meta
+
+    def give_up(self):
+        """After an error: before the first finished shard there is nothing to keep."""
+        if not any(record["shards"] for record in self.splits.values()):
+            for writer in self.writers.values():
+                writer.path().unlink(missing_ok=True)
+            (self.partial / "progress.json").unlink()  # the last: it says that the rest is ours
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,121 +259,6 @@ def check_out(out, inputs):
     if os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
         what = "holds a dataset" if (out / "meta.json").exists() else "is not an empty folder"
         raise ValueError(f"{out} {what}: choose another --out, or remove it")
-
-
-def own_files(partial):
-    """The files that preparations write to OUT.partial. Raises ValueError if others are there."""
-    paths = sorted(path for path in partial.iterdir() if path.name != "lock")
-    for path in paths:
-        if not OWN_FILES.fullmatch(path.name) or path.is_symlink():
-            raise ValueError(f"{path} was not written here: move it away, or choose another --out")
-    return paths
-
-
-@contextlib.contextmanager
-def locked(partial, out):
-    """Hold OUT.partial, made if need be, for this process only. Leaves no empty folder."""
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        with hold_lock(partial / "lock", f"another process is preparing {out}"):
-            yield
-    finally:
-        with contextlib.suppress(OSError):
-            partial.rmdir()
-
-
-class Preparation:
-    """A dataset in the making: `documents` up to `position` are in the writers' shards."""
-
-    def __init__(self, partial, documents, options):
-        self.partial, self.documents, self.options = partial, documents, options
-        self.position, self.encoding = (0, 0), get_encoding(options["encoding"])
-        self.dtype = np.uint16 if self.encoding.n_vocab <= 2 ** 16 else np.uint32
-        self.writers = {split: ShardWriter(partial, split, self.dtype, options["shard_tokens"])
-                        for split in ("train", "val")}
-
-    def tokens(self):
-        return sum(writer.tokens for writer in self.writers.values())
-
-    def begin(self):
-        """Start, or continue what OUT.partial holds. Raises ValueError if an option or the input
-        differs from what it was begun with, or if it is damaged."""
-        if not [path for path in own_files(self.partial) if path.suffix != ".tmp"]:
-            return self.save()
-        try:
-            progress = json.loads((self.partial / "progress.json").read_bytes())
-            self.check_same(progress)
-            for split, writer in self.writers.items():
-                writer.restore(progress["writers"][split])
-            self.position = tuple(progress["position"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{self.partial} cannot be resumed: {error}. Give the command that it "
-                             f"was begun with, or remove it, or choose another --out") from None
-        if self.tokens():
-            print(f"resuming {self.partial} after {self.tokens():,} tokens", flush=True)
-
-    def check_same(self, progress):
-        """Raise ValueError, naming it, if an option or a file is not what it was."""
-        for key, value in self.options.items():
-            if progress["options"][key] != value:
-                raise ValueError(f"it was begun with --{key.replace('_', '-')} "
-                                 f"{progress['options'][key]}, not {value}")
-        inputs = self.documents.identity(progress["position"])
-        for old, new in itertools.zip_longest(progress["input"], inputs, fillvalue="missing"):
-            if old != new:
-                raise ValueError(f"its input was {old}, and is now {new}")
-
-    def save(self):
-        """Write down how to continue from here."""
-        progress = {"options": self.options, "position": self.position,
-                    "input": self.documents.identity(self.position),
-                    "writers": {split: w.state() for split, w in self.writers.items()}}
-        write_whole(self.partial / "progress.json", json.dumps(progress, indent=1), AGAIN)
-
-    def write(self, workers):
-        """Tokenize and write the documents after `position`; save whenever a shard is finished."""
-        def tokenize_chunk(chunk):
-            return tokenize(chunk, self.encoding, self.options["val_fraction"], self.dtype)
-
-        started = shown = time.monotonic()
-        before, documents = self.tokens(), self.documents
-        chunks = in_chunks(documents.documents(self.position))
-        for results in map_in_order(tokenize_chunk, chunks, workers):
-            for split, tokens, text_bytes, self.position in results:
-                if self.writers[split].write(tokens, text_bytes):
-                    self.save()
-            if time.monotonic() > shown + 1:
-                shown = time.monotonic()
-                share = f"{documents.done / documents.total:4.0%}  " if documents.total else ""
-                print(f"  {share}{self.tokens():,} tokens  "
-                      f"{(self.tokens() - before) / (shown - started):,.0f} tokens/s", flush=True)
-
-    def finish(self, source):
-        """Close the last shards and write meta.json, which is returned."""
-        splits = {}
-        for split, writer in self.writers.items():
-            if not writer.tokens:
-                raise ValueError(f"no document fell into the {split} split: give more documents, "
-                                 f"or another --val-fraction")
-        for split, writer in self.writers.items():
-            writer.close()
-            splits[split] = {"tokens": writer.tokens, "bytes": writer.bytes,
-                             "documents": writer.documents, "shards": writer.shards}
-        meta = {"format": 1, "tokenizer": self.options["encoding"],
-                "vocab_size": self.encoding.n_vocab, "source": source,
-                "val_fraction": self.options["val_fraction"], "splits": splits}
-        write_whole(self.partial / "meta.json", json.dumps(meta, indent=1), AGAIN)
-        return meta
-
-    def give_up(self):
-        """After an error: before the first finished shard there is nothing to keep."""
-        for writer in self.writers.values():
-            with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
-                writer.abandon()
-        if not any(writer.shards for writer in self.writers.values()):
-            with contextlib.suppress(ValueError, OSError):
-                for path in reversed(own_files(self.partial)):  # progress.json after the shards
-                    path.unlink()
 
 
 def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_document=None,
@@ -249,18 +280,22 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
     options = {"encoding": encoding, "val_fraction": val_fraction, "field": field,
                "max_document": max_document, "shard_tokens": shard_tokens}
     started = time.monotonic()
-    with locked(partial, out):
-        work = Preparation(partial, documents, options)
-        work.begin()
-        try:
-            work.write(workers or os.cpu_count())
-            meta = work.finish(name)
-        except BaseException as error:
-            work.give_up()
-            if getattr(error, "errno", None) in (*NO_ROOM, errno.EFBIG):
-                raise cannot_write(partial, error, AGAIN) from None
-            raise
-        move_into_place(partial, place)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold_lock(partial / "lock", f"another process is preparing {out}"):
+            work = Preparation(partial, documents, options)
+            try:
+                work.write(workers or os.cpu_count())
+                meta = work.finish(name)
+            except BaseException as error:
+                work.give_up()
+                if getattr(error, "errno", None) in (*NO_ROOM, errno.EFBIG):
+                    raise cannot_write(partial, error, AGAIN) from None
+                raise
+            move_into_place(partial, place)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.rmdir()  # if nothing is left in it
 
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     print(f"{out}: {train['tokens']:,} training and {val['tokens']:,} validation tokens "
@@ -284,11 +319,16 @@ def move_into_place(partial, out):
         (out / name).unlink()
 
 
+def standard_library():
+    """The files of this Python's standard library, as find_files returns them."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    found = walk(stdlib, unread=[], left_out=("site-packages", "dist-packages"))
+    return [(path, given) for path, given in found if path.suffix.lower() == ".py"]
+
+
 def prepare_builtin(out="data/stdlib", encoding="bytes", max_document=None, **options):
     """The built-in dataset: the source of this Python's standard library."""
-    found = find_files([sysconfig.get_paths()["stdlib"]], site_packages=False, quiet=True)
-    files = [(path, given) for path, given in found if path.suffix.lower() == ".py"]
-    name = f"Python {sys.version.split()[0]} standard library"
+    files, name = standard_library(), f"Python {sys.version.split()[0]} standard library"
     print(f"preparing {out}: {name}, {len(files):,} files", flush=True)
     return prepare(files, out, encoding, name, max_document=max_document or 2 ** 20, **options)
 
@@ -314,6 +354,7 @@ def parse_args(argv):
     add("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (100000000)")
     add("--workers", type=int, help="threads (default: all cores)")
     add("--skip-bad", action="store_true", help="skip and count bad files and records")
+    add("--verify", metavar="FOLDER", help="check a finished dataset in full; nothing is written")
     return parser.parse_args(argv)
 
 
@@ -325,6 +366,11 @@ def main(argv=None):
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
+        if args.verify:
+            data = Dataset(args.verify, block_size=1, verify=True)
+            print(f"{args.verify}: good: {data.train.tokens:,} training and {data.val.tokens:,} "
+                  f"validation tokens ({data.tokenizer})")
+            return
         if args.hf and args.paths:
             raise ValueError(f"--hf {args.hf} and {args.paths[0]}: give one source at a time")
         if not args.out and (args.hf or args.paths or args.encoding not in (None, "bytes")):
@@ -341,9 +387,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit("error: " + str(error).replace("\n", "\\n"))  # names may hold line ends
     except KeyboardInterrupt:
-        is_kept = os.path.exists(os.path.realpath(os.path.expanduser(out)) + ".partial")
-        print("interrupted: " + ("the same command resumes from the last finished shard" if is_kept
-                                 else "nothing unfinished was kept"), file=sys.stderr)
+        print(f"interrupted: {AGAIN}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -11,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import numpy as np
 
 from bench.timing import machine, median_and_range, timed
 from lib.config import load_config
-from lib.data import Split, get_encoding, shard_header, window_numbers
+from lib.data import Split, get_encoding, window_numbers
 from lib.process import Process, compile_model, to_device
 from model import GPT
-from prepare_data import find_files, prepare
+from prepare_data import find_files, prepare, standard_library
 
 ROOT = Path(__file__).resolve().parent.parent
 # Linux's own count for a process; getrusage would count its parent, too
@@ -42,8 +41,7 @@ def tokenize(rounds, encoding_name, copies):
     """Print how fast prepare_data.py is in units of encode_ordinary_batch, with the same text and
     as many threads, and its peak memory on `copies` times the text."""
     encoding, cores = get_encoding(encoding_name), os.cpu_count()
-    stdlib = find_files([sysconfig.get_paths()["stdlib"]], site_packages=False)
-    texts = [path.read_text("utf-8", "ignore") for path, _ in stdlib if path.suffix == ".py"]
+    texts = [path.read_text("utf-8", "ignore") for path, _ in standard_library()]
     size = sum(len(t.encode()) for t in texts)
     ratios, speeds = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +80,7 @@ def peak_memory(source, encoding_name, out, threads):
 def random_split(folder, shape, tokens=100_000_000):
     path = Path(folder, "train.bin")
     ids = np.random.default_rng(0).integers(shape.vocab_size, size=tokens, dtype=np.uint16)
-    path.write_bytes(shard_header(tokens, 2) + ids.tobytes())
+    ids.tofile(path)
     return Split([path], shape.block_size, shape.vocab_size)
 
 

@@ -29,7 +29,6 @@ import train as program
 from lib.checkpoint import newest_checkpoint
 from lib.config import load_config, meta_model, to_dict
 from lib.data import Dataset, window_numbers
-from lib.verify import verify
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
 from optim import cosine
@@ -144,7 +143,7 @@ def test_builtin_dataset_is_made_when_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = trained(*SMALL, "--max_iters=3", "--eval_windows=8", "--out_dir=out")
     assert "preparing data/stdlib" in printed
-    verify(tmp_path / "data" / "stdlib")
+    Dataset(tmp_path / "data" / "stdlib", 32, verify=True)
 
 
 def test_a_run_shorter_than_its_warmup(dataset, tmp_path):
