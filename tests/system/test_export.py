@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 import torch
 from conftest import (
-    ROOT, TINY, UNIFIED, UNIFIED_CONFIG, randomize_scales, read_log, start, tiny_gpt, trained)
+    ROOT, TINY, UNIFIED, UNIFIED_CONFIG, randomize_scales, start, tiny_gpt, trained)
 from conftest import run as run_program
 
 NEEDS = "needs the optional package"
@@ -38,26 +38,31 @@ EVERYWHERE = "q,k,v,gate,up,head,o,down"
 ON_QK = dict(scale_placement="dual_norm", scale_placement_on="q,k")
 HG = dict(scale_heterogeneous=True)
 DP = dict(scale_placement="dual", scale_placement_on=EVERYWHERE)
+# {label: (its class in transformers, or None for our own code, keys)}
 FAMILIES = {
     "baseline": ("Llama", {}),
     "none": ("Llama", dict(scale_vectors=False)),
-    "HG": ("Llama", dict(**HG, n_kv_head=4, rope_theta=500.0)),
     "AP, OR, tied": ("Llama", dict(scale_placement="after", scale_reparam="original",
                                    tie_embeddings=True)),
-    "DP, ER, HG": ("Llama", dict(**DP, **HG, scale_reparam="exponential")),
+    "DP, ER, HG": ("Llama", dict(**DP, **HG, scale_reparam="exponential", n_kv_head=4,
+                                 rope_theta=500.0)),
     "zero-centered, tied": ("Llama", dict(scale_reparam="zero_centered", tie_embeddings=True)),
     "qk_norm": ("Qwen3", dict(**HG, qk_norm=True, scale_reparam="original")),
     "DNP on q, k without vectors": ("Qwen3", dict(**ON_QK, scale_vectors=False)),
     "mixture, DP, HG": ("Mixtral", dict(**MOE, **DP, **HG)),
-    "DNP on q, k": (None, ON_QK),
-    "unified": (None, UNIFIED),
     "unified, tied": (None, dict(**UNIFIED, tie_embeddings=True)),
-    "DNP, ER": (None, dict(**HG, scale_placement="dual_norm", scale_reparam="exponential")),
-    "Gemma's norms": (None, dict(qk_norm=True, post_norm=True)),
     "LlamaMoE, unified": (None, dict(**MOE, **UNIFIED, d_shared_expert=16, n_dense_layer=1)),
-    "mixture, experts of 18": (None, dict(MOE, d_expert=18)),
-    "mixture, n_embd of 30": (None, dict(**MOE, n_embd=30, n_head=3, n_kv_head=3)),
-    "mixture with Q/K-norm": (None, dict(**MOE, qk_norm=True)),
+}
+NOT_STOCK = {
+    "DNP's γ_a differs from head to head": ON_QK,
+    "DNP normalizes only q": dict(ON_QK, scale_placement_on="q"),
+    "DNP normalizes the output of v, gate, up, head": UNIFIED,
+    "post_norm normalizes": dict(qk_norm=True, post_norm=True),
+    "Mixtral has no shared expert": dict(**MOE, d_shared_expert=16),
+    "Mixtral has no dense layers": dict(**MOE, n_dense_layer=1),
+    "Mixtral has no Q/K-norm": dict(**MOE, qk_norm=True),
+    "d_expert=18, n_embd=32": dict(MOE, d_expert=18),
+    "d_expert=24, n_embd=30": dict(**MOE, n_embd=30, n_head=3, n_kv_head=3),
 }
 LOG = """\
 {"event": "eval", "step": 7, "tokens": 12345, "val_loss": 3.21, "val_bpb": 1.5}
@@ -99,29 +104,21 @@ def assert_same_logits(ours, theirs):
     torch.testing.assert_close(theirs(idx).logits, ours(idx)[0], rtol=0, atol=1e-5)
 
 
-def one_error(capsys):
-    """The one line of an error, and nothing else, on stderr."""
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1
-    return line
-
-
 # ---- every family, from disk ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family, tmp_path):
-    """The expected class in one file and in shards, our logits, our tokens with the cache and
-    without, and a save that loses nothing."""
+    """The expected class, from shards; our logits, our tokens with the cache and without, and a
+    save that loses nothing. sample.py reads the folder too."""
     name, keys = FAMILIES[family]
-    model = write_run(tmp_path / "run", keys)
-    for size, out in (("5GB", tmp_path / "one"), ("20KB", tmp_path / "shards")):
-        line = export.export_run(tmp_path / "run", out, size)
-        assert (f"a stock {name}ForCausalLM" if name else "trust_remote_code=True") in line
-        assert (len(list(out.glob("*.safetensors"))) > 1) == (size == "20KB")
-        theirs = load(out)
-        assert type(theirs).__name__ == f"{name or 'ScaleVectors'}ForCausalLM"
-        assert theirs.dtype == torch.float32
-        assert_same_logits(model, theirs)
+    model, out = write_run(tmp_path / "run", keys), tmp_path / "out"
+    line = export.export_run(tmp_path / "run", out, "20KB")
+    assert (f"a stock {name}ForCausalLM" if name else "trust_remote_code=True") in line
+    assert len(list(out.glob("*.safetensors"))) > 1
+    theirs = load(out)
+    assert type(theirs).__name__ == f"{name or 'ScaleVectors'}ForCausalLM"
+    assert theirs.dtype == torch.float32
+    assert_same_logits(model, theirs)
 
     idx = some_ids(6)
     tokens = torch.cat([idx, *generate(model, idx, 8, temperature=0)], dim=1)
@@ -135,11 +132,15 @@ def test_family(family, tmp_path):
     assert encoding.name == "bytes" and step == 7
 
 
-def test_q_and_k_with_one_vector_for_all_heads(tmp_path):
-    """DNP's γ_a is each head's own. Where all heads have the same, as at the start, DNP on q and k
-    is a Qwen3; one entry that differs decides."""
+@pytest.mark.parametrize("reason", NOT_STOCK)
+def test_why_no_stock_class_will_do(reason):
+    name, why = export.stock_architecture(randomize_scales(tiny_gpt(**NOT_STOCK[reason])))
+    assert name is None and reason in why
+
+
+def test_q_and_k_with_one_vector_for_all_heads():
+    """DNP's γ_a is each head's own. Where all heads have the same, DNP on q and k is a Qwen3."""
     model = tiny_gpt(**ON_QK)
-    assert export.stock_architecture(model)[0] == "Qwen3ForCausalLM"
     with torch.no_grad():
         for layer in model.layers:
             for m in (layer.attn.q, layer.attn.k):
@@ -147,11 +148,6 @@ def test_q_and_k_with_one_vector_for_all_heads(tmp_path):
                 heads.copy_(torch.linspace(0.5, 2.0, 8).expand_as(heads))
     theirs, name, _ = export.transformers_model(model, {})
     assert name == "Qwen3ForCausalLM" and same_logits(model, theirs) < 1e-5
-
-    model.layers[1].attn.k.scale_out.alpha.data[-1] += 1e-3
-    name, why = export.stock_architecture(model)
-    assert name is None
-    assert why == "DNP's γ_a differs from head to head, and Qwen3's is one for all heads"
 
 
 # ---- our own code within transformers ------------------------------------------------------------
@@ -169,12 +165,10 @@ def custom(custom_folder):
     return load(custom_folder)
 
 
-def test_auto_model(custom, custom_folder):
+def test_auto_model(custom_folder):
     """AutoModel has an entry in auto_map, and gives the same class."""
     model = load(custom_folder, transformers.AutoModel)
     assert type(model).__name__ == "ScaleVectorsForCausalLM"
-    idx = some_ids()
-    assert torch.equal(model(idx).logits, custom(idx).logits)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -195,12 +189,8 @@ def test_padding(custom, side):
         together = greedy(custom, idx, 6, attention_mask=mask)
         for i, row in enumerate(rows):
             assert torch.equal(together[i, 9:], greedy(custom, row, 6)[0, row.size(1):])
-
-
-def test_padding_between_tokens_is_refused(custom):
-    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
     with pytest.raises(ValueError, match="padding between tokens"):
-        custom(some_ids(6, 1), attention_mask=mask)
+        custom(some_ids(6, 1), attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1]]))
 
 
 def test_beams_and_cache_in_pieces(custom):
@@ -246,7 +236,7 @@ def tokenizers(tmp_path_factory):
     try:
         encodings.append(get_encoding("gpt2"))
     except ValueError:
-        pass  # it needs the network once: see test_gpt2_is_there
+        pass  # it needs the network once
     found = {}
     for encoding in encodings:
         folder = tmp_path_factory.mktemp(encoding.name)
@@ -275,34 +265,25 @@ def test_special_tokens(tokenizers):
     assert tokenizers["gaps"][1].encode("<|x|>", add_special_tokens=False) == [270]
 
 
-def test_gpt2_is_there(tokenizers):
-    if "gpt2" not in tokenizers:
-        pytest.skip("gpt2's vocabulary cannot be had: connect once, or set TIKTOKEN_CACHE_DIR")
-    ids = tokenizers["gpt2"][1].encode("hello world", add_special_tokens=False)
-    assert ids == [31373, 995]
-
-
 # ---- the card, other locales, refusals -----------------------------------------------------------
 
 def test_model_card(tmp_path):
-    """Strategy, data, tokens, losses, commit, and how to load it."""
+    """Strategy, data, tokens, losses, commit, and how to load it. Data of token ids without a known
+    tokenizer: the folder has none, and the card says so."""
     write_run(tmp_path / "run", UNIFIED)
-    export.export_run(tmp_path / "run", tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    write_run(tmp_path / "ids", {}, tokenizer="ids")
+    cards = []
+    for run in ("run", "ids"):
+        export.export_run(tmp_path / run, tmp_path / f"{run}_hf")
+        cards.append((tmp_path / f"{run}_hf" / "README.md").read_text(encoding="utf-8"))
     for fact in ("scale_placement=dual_norm", "scale_reparam=original", "tokenizer bytes",
                  "12,345", "3.2100 nats/token", "1.5000 bits/byte", "261 rows, 257 of them tokens",
-                 "DNP normalizes the output of v, gate, up, head", "trust_remote_code=True"):
-        assert fact in card
-    assert "99,999" not in card and (commit() or "unknown") in card
-
-
-def test_tokenizer_that_is_not_known(tmp_path):
-    """Data of token ids without a known tokenizer: the folder has none, and the card says so."""
-    write_run(tmp_path / "run", {}, tokenizer="ids")
-    out = tmp_path / "out"
-    export.export_run(tmp_path / "run", out)
-    assert not list(out.glob("tokenizer*")) and load(out).config.eos_token_id is None
-    assert "without a known tokenizer" in (out / "README.md").read_text(encoding="utf-8")
+                 "DNP normalizes the output of v, gate, up, head", "trust_remote_code=True",
+                 commit() or "unknown"):
+        assert fact in cards[0]
+    assert "99,999" not in cards[0] and "without a known tokenizer" in cards[1]
+    assert not list((tmp_path / "ids_hf").glob("tokenizer*"))
+    assert load(tmp_path / "ids_hf").config.eos_token_id is None
 
 
 BOTH_WAYS = """
@@ -337,52 +318,30 @@ def test_files_are_utf8_in_every_locale(dataset, tmp_path):
 
 
 def test_refusals(tmp_path, capsys):
-    """One line before anything is written, and whatever is there stays."""
-    run, full, out = (str(tmp_path / name) for name in ("run", "full", "out"))
+    """One line, nothing is written, and whatever is there stays."""
+    run, full, damaged, out = (str(tmp_path / name) for name in ("run", "full", "damaged", "out"))
     write_run(tmp_path / "run", {})
+    write_run(tmp_path / "damaged", {})
+    path = tmp_path / "damaged" / "ckpt_0000007.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_bytes(b"mine")
     for argv, line in (
             ([run, "--out", full], "already holds something"),
+            ([damaged, "--out", out], "none of its 1 checkpoints is whole"),
             ([str(tmp_path / "none"), "--out", out], "no checkpoint in"),
             (["--out", out], "the run to export is missing"),
             ([run, "--out", out, "--n_layer=3"], "--n_layer=3 is unknown")):
         assert export.main(argv) == 1
-        assert line in one_error(capsys)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "run"]
+        passed_over, _, error = capsys.readouterr().err.rpartition("error: ")
+        assert line in error and error.count("\n") == 1
+        assert bool(passed_over) == (argv[0] == damaged)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "full", "run"]
     assert (tmp_path / "full" / "mine.txt").read_bytes() == b"mine"
-
-
-def test_a_missing_package_is_named():
-    line = "no_such_package is not installed: pip install -r requirements-extra.txt"
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(ValueError, match="no_such_package is not installed: pip install -r"):
         need("no_such_package")
-
-
-def test_an_error_of_torch_is_one_line(tmp_path, capsys):
-    """transformers cannot run a Mixtral with experts of 18 on a CPU: one line, and no folder."""
-    config = transformers.MixtralConfig(
-        vocab_size=261, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, intermediate_size=18,
-        num_local_experts=4, sliding_window=None)
-    theirs = tmp_path / "theirs"
-    transformers.MixtralForCausalLM(config).save_pretrained(theirs)
-    capsys.readouterr()
-    argv = ["--from-hf", str(theirs), "--out", str(tmp_path / "out"), f"--dataset={tmp_path}"]
-    assert export.main(argv) == 1
-    assert one_error(capsys) and list(tmp_path.iterdir()) == [theirs]
-
-
-def test_a_failed_export_leaves_nothing(tmp_path):
-    """A checkpoint that is damaged: no folder, and no half of one."""
-    write_run(tmp_path / "run", {})
-    path = tmp_path / "run" / "ckpt_0000007.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="none of its 1 checkpoints is whole"):
-        export.export_run(tmp_path / "run", tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("keys", [{}, UNIFIED], ids=["stock", "own code"])
@@ -399,8 +358,8 @@ def test_a_damaged_folder_is_one_line_when_it_is_sampled_from(keys, tmp_path):
     no_tokenizer = {**written["trained"], "tokenizer": []}
     damaged = [[], without_type, {**written, heads: "x"},
                {**written, "trained": 5}, {**written, "trained": no_tokenizer}]
-    cases = [(json.dumps(value), whole) for value in damaged] + [("{", whole), ("", whole)]
-    cases += [(text, whole[:length]) for length in (len(whole) // 2, 5, 0)]
+    cases = [(json.dumps(value), whole) for value in damaged] + [("{", whole)]
+    cases += [(text, whole[:length]) for length in (len(whole) // 2, 0)]
 
     for text, content in cases:
         config.write_text(text, encoding="utf-8")
@@ -411,115 +370,56 @@ def test_a_damaged_folder_is_one_line_when_it_is_sampled_from(keys, tmp_path):
         assert "\n" not in line and (str(out) in line or "unknown encoding '[]'" in line)
 
 
-# ---- from a run to an evaluation and back --------------------------------------------------------
+# ---- from a run to an evaluation -----------------------------------------------------------------
 
-COMMON = """\
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-"""
-SUMS = """\
+TASK = """\
 task: sums
-output_type: multiple_choice
-doc_to_text: '{{question}}'
-doc_to_choice: '{{choices}}'
-target_delimiter: ''
-doc_to_target: answer
-metric_list:
-  - metric: acc
-"""
-TEXT = """\
-task: sums_text
 output_type: loglikelihood_rolling
 doc_to_text: ''
 doc_to_target: '{{text}}'
 metric_list:
   - metric: bits_per_byte
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: FILE
+test_split: test
 """
 
 
-def write_task(folder):
-    """Two tasks of our own for lm-evaluation-harness, without network: sums to complete, and text
-    to measure. Returns the documents."""
-    folder.mkdir()
-    sums = [{"question": f"{a} + {b} =", "choices": [f" {a + b}", f" {a + b + 1}"], "answer": 0,
-             "text": f"{a} + {b} = {a + b}\n"} for a, b in ((3, 4), (12, 5), (20, 21), (7, 30))]
-    file = folder / "sums.jsonl"
-    file.write_text("".join(json.dumps(s) + "\n" for s in sums), encoding="utf-8")
-    for name, text in (("sums", SUMS), ("text", TEXT)):
-        task = text + COMMON.format(file=file)
-        (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
-    return sums
-
-
 @torch.no_grad()
-def by_hand(model, encoding, sums):
-    """(accuracy, bits per byte) of the tasks from our model's log-probabilities. Where a text has
-    no context, <|endoftext|> is the context."""
-    def log_probability(context, text):
-        ids = encoding.encode(text)
-        before = encoding.encode(context) or [encoding.eot_token]
-        idx = torch.tensor([before + ids])
+def bits_per_byte(model, encoding, texts):
+    """By our model's log-probabilities, with <|endoftext|> as the context of each text."""
+    nats = 0.0
+    for text in texts:
+        idx = torch.tensor([[encoding.eot_token, *encoding.encode(text)]])
         logp = model(idx[:, :-1])[0].log_softmax(-1)
-        return logp.gather(-1, idx[:, 1:, None])[0, -len(ids):, 0].sum().item()
-
-    right = 0
-    for s in sums:
-        correct, wrong = (log_probability(s["question"], choice) for choice in s["choices"])
-        right += correct > wrong
-    bits = -sum(log_probability("", s["text"]) for s in sums) / math.log(2)
-    return right / len(sums), bits / sum(len(s["text"].encode()) for s in sums)
-
-
-def export_trained(folder, dataset, keys):
-    """Train a small run in `folder`, export it with the program, compare. Returns what was loaded
-    from the run, and the program's output."""
-    run, out = folder, folder.with_name(f"{folder.name}_hf")
-    trained(*keys, *start(run, dataset))
-    done = run_program("-m", "hf.export", run, "--out", out)
-    loaded = load_model(str(run))
-    assert_same_logits(loaded[0], load(out))
-    flags = (f"--out_dir={out}", "--prompt=1 + ", "--max_new_tokens=5")
-    assert run_program("sample.py", *flags).stdout
-    return loaded, done.stdout
+        nats -= logp.gather(-1, idx[:, 1:, None]).sum().item()
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=f"{NEEDS} lm-eval")
 def test_from_training_to_evaluation(dataset, tmp_path):
-    """Train unified, export it, evaluate the folder by lm-eval's own program."""
-    (model, encoding, _), line = export_trained(tmp_path / "run", dataset, [UNIFIED_CONFIG])
-    assert "our own code" in line
-    sums = write_task(tmp_path / "tasks")
-    model_args = f"pretrained={tmp_path / 'run_hf'},trust_remote_code=True,dtype=float32"
-    run_program("-m", "lm_eval", "--model", "hf", "--model_args", model_args,
-                "--tasks", "sums,sums_text", "--include_path", tmp_path / "tasks",
+    """Train unified, export it, sample from the folder and evaluate it, each by its own program.
+    The task is one of our own, without network."""
+    run, out, tasks = (tmp_path / name for name in ("run", "hf", "tasks"))
+    trained(UNIFIED_CONFIG, *start(run, dataset))
+    assert "our own code" in run_program("-m", "hf.export", run, "--out", out).stdout
+    sample = (f"--out_dir={out}", "--prompt=1 + ", "--max_new_tokens=5")
+    assert run_program("sample.py", *sample).stdout
+
+    texts = [f"{a} + {b} = {a + b}\n" for a, b in ((3, 4), (12, 5), (20, 21), (7, 30))]
+    tasks.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tasks / "sums.jsonl").write_text(lines, encoding="utf-8")
+    task = TASK.replace("FILE", str(tasks / "sums.jsonl"))
+    (tasks / "sums.yaml").write_text(task, encoding="utf-8")
+    run_program("-m", "lm_eval", "--model", "hf", "--tasks", "sums", "--include_path", tasks,
+                "--model_args", f"pretrained={out},trust_remote_code=True,dtype=float32",
                 "--device", "cpu", "--batch_size", "2", "--output_path", tmp_path / "eval",
                 env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")})
-
     file = next((tmp_path / "eval").rglob("*.json"))
-    results = json.loads(file.read_text(encoding="utf-8"))["results"]
-    accuracy, bits_per_byte = by_hand(model, encoding, sums)
-    assert results["sums"]["acc,none"] == accuracy
-    assert results["sums_text"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_from_training_to_a_run_that_continues(dataset, tmp_path):
-    """Train a variant that folds, export it, start a run of another strategy from the folder."""
-    keys = ["--scale_placement=dual", "--scale_heterogeneous=True"]
-    _, line = export_trained(tmp_path / "run", dataset, keys)
-    assert "a stock LlamaForCausalLM" in line
-    flags = [a for a in start("x", dataset) if a.split("=")[0] not in ("--out_dir", "--init_std")]
-    done = run_program("-m", "hf.export", "--from-hf", tmp_path / "run_hf", "--out",
-                       tmp_path / "next", "--scale_placement=dual", "--scale_reparam=original",
-                       *flags)
-    assert "an equal function" in done.stdout
-
-    run_program("train.py", tmp_path / "next" / "start.py", "--resume")
-    before = read_log(tmp_path / "run", "eval")[-1]["val_loss"]
-    first, *_, last = read_log(tmp_path / "next", "eval")
-    assert first["step"] == 0 and first["val_loss"] == pytest.approx(before, abs=1e-5)
-    assert last["val_loss"] < before
+    found = json.loads(file.read_text(encoding="utf-8"))["results"]["sums"]["bits_per_byte,none"]
+    model, encoding, _ = load_model(str(run))
+    assert found == pytest.approx(bits_per_byte(model, encoding, texts), rel=1e-4)

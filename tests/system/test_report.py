@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from conftest import run
 
 from study.report import curves, log_of, main, names_of, report, seconds_at, smooth, table
 
@@ -23,12 +22,16 @@ def write_run(folder, loss=1.5, names=SCALES, **more):
                      "std": 0.1, "beta": None, **more} for name in names]
         records.append({"event": "matrix", "step": step, "name": "layers.0.attn.q.weight",
                         "norm": 3.0 + step, **more})
-    lines = "".join(json.dumps(r) + "\n" for r in records)
-    (folder / "log.jsonl").write_text(lines, encoding="utf-8")
+    write_log(folder, records)
     summary = {"val_loss": loss, "val_bpb": None, "params": 1234, "scale_params": 5, "tokens": 160,
                "tokens_per_s": 10.0}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
+
+
+def write_log(folder, records):
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
 def figure_of(runs, tmp_path, monkeypatch):
@@ -38,30 +41,31 @@ def figure_of(runs, tmp_path, monkeypatch):
     return figures[0]
 
 
-def test_report_as_a_program(tmp_path):
-    runs = [write_run(tmp_path / "a" / "one"), write_run(tmp_path / "b" / "one", 1.25)]
-    said = run("-m", "study.report", *runs, "--out", tmp_path / "r.png").stdout
+def test_two_runs_are_written_and_told_apart(tmp_path, capsys):
+    runs = [str(write_run(tmp_path / "a" / "one")), str(write_run(tmp_path / "b" / "one", 1.25))]
+    main([*runs, f"--out={tmp_path / 'r.png'}"])
+    said = capsys.readouterr().out
     assert "a/one" in said and "b/one" in said and "1.2500" in said and "1,234" in said
     height, width, _ = image.imread(tmp_path / "r.png").shape
     assert width <= 1000 and height > 300
 
-
-def test_a_picture_of_several_runs_needs_a_place(tmp_path, capsys):
-    runs = [str(write_run(tmp_path / name)) for name in "ab"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # several runs need a place
         main(runs)
-    assert "--out=PICTURE.png" in capsys.readouterr().err and not list(tmp_path.glob("*/*.png"))
-    main(runs[:1])
-    assert (tmp_path / "a" / "report.png").is_file()
+    assert "--out=PICTURE.png" in capsys.readouterr().err and not list(tmp_path.rglob("report.png"))
+    a, b, c = (tmp_path / p for p in ("x/s1/run", "y/s1/run", "y/other"))
+    assert list(names_of([a, b, c, a])) == ["x/s1/run", "y/s1/run", "other"]
 
 
 def test_the_picture_is_of_the_logs_numbers(tmp_path, monkeypatch):
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", 2.0, names=SCALES[2:])]
-    steps, seconds, *panels = figure_of(runs, tmp_path, monkeypatch).axes
+    """Also of those that only some logs hold, here of one of two runs: the logits' scale."""
+    runs = [write_run(tmp_path / "a", logit_scale=5.0),
+            write_run(tmp_path / "b", 2.0, names=SCALES[2:])]
+    steps, seconds, logits, *panels = figure_of(runs, tmp_path, monkeypatch).axes
     losses = [[1.5, 1.6, 1.7], [2.0, 2.1, 2.2]]
     assert [list(line.get_ydata()) for line in steps.lines[1::2]] == losses
     assert [list(line.get_ydata()) for line in seconds.lines] == losses
     assert list(seconds.lines[0].get_xdata()) == [0, 8, 16]  # 80 tokens at 10 tokens/s
+    assert [list(line.get_ydata()) for line in logits.lines] == [[5.0] * 3, []]
     titles = ["attn.q.scale_in", "head.scale_in", "head.scale_in", *["attn.q.weight"] * 2]
     assert [panel.get_title() for panel in panels] == titles
     assert all(list(p.lines[0].get_ydata()) == [1.0, 1.2, 1.4] for p in panels[:3])
@@ -69,53 +73,24 @@ def test_the_picture_is_of_the_logs_numbers(tmp_path, monkeypatch):
     assert list(panels[3].lines[0].get_ydata()) == [1.0, 13 / 3, 23 / 3]
 
 
-def test_what_the_log_may_hold_is_drawn_where_it_does(tmp_path, monkeypatch):
-    """α, β, the size of an update and the logits' scale."""
-    runs = [write_run(tmp_path / "a", beta=2.0, alpha=3.0, update=4.0, logit_scale=5.0)]
-    *_, logits = figure_of(runs, tmp_path, monkeypatch).axes[:3]
-    assert logits.get_title() == "scale of the logits"
-    assert list(logits.lines[0].get_ydata()) == [5.0] * 3
-    for event, key, value in (("scale", "beta", 2.0), ("scale", "alpha", 3.0),
-                              ("matrix", "update", 4.0)):
-        found = curves(log_of(runs[0])[event], key)["attn.q.scale_in" if event == "scale"
-                                                      else "attn.q.weight"][0]
-        assert [point[1] for point in found] == [value] * 3
-    assert curves(log_of(runs[0])["scale"], "gone") == {}
-
-
-def test_titles_do_not_overprint(tmp_path, monkeypatch):
-    figure = figure_of([write_run(tmp_path / "a", names=[f"layers.0.n{i}" for i in range(6)])],
-                       tmp_path, monkeypatch)
-    figure.canvas.draw()
-    boxes = [t.get_window_extent() for part in figure.subfigs for axis in part.axes
-             for t in (axis.title, *axis.get_xticklabels(), *axis.get_yticklabels())
-             if t.get_text() and t.get_visible()]
-    headings = [part._suptitle.get_window_extent() for part in figure.subfigs[1:]]
-    assert len(headings) == 2
-    assert not any(heading.overlaps(box) for heading in headings for box in boxes)
-
-
-def test_what_is_not_finite_is_left_out_and_reported(tmp_path):
-    folder = write_run(tmp_path / "a")
-    lines = [{"event": "eval", "step": 30, "tokens": 240, "val_loss": None},
-             {"event": "scale", "step": 30, "name": SCALES[2], "mean": None, "std": None},
-             {"event": "matrix", "step": 30, "name": "layers.0.attn.q.weight", "norm": None}]
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(r) + "\n" for r in lines))
+def test_what_is_not_finite_is_left_out_and_reported(tmp_path, capsys):
+    """The same of a key that a log does not have, as α and β of a plain γ."""
+    folder = write_run(tmp_path / "a", beta=2.0)
+    write_log(folder, [
+        {"event": "eval", "step": 30, "tokens": 240, "val_loss": None},
+        {"event": "scale", "step": 30, "name": SCALES[2], "mean": None, "std": None},
+        {"event": "matrix", "step": 30, "name": "layers.0.attn.q.weight", "norm": None}])
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     text = json.dumps({**summary, "val_loss": None})
     (folder / "summary.json").write_text(text, encoding="utf-8")
-    assert "not finite" in table([folder])
-    report([folder], tmp_path / "r.png")
-    assert (tmp_path / "r.png").is_file()
-    norms = curves(log_of(folder)["matrix"], "norm")["attn.q.weight"][0]
+    main([str(folder)])
+    assert (folder / "report.png").is_file() and "not finite" in capsys.readouterr().out
+    log = log_of(folder)
+    norms, betas = (curves(log[event], key)[name][0] for event, key, name in (
+        ("matrix", "norm", "attn.q.weight"), ("scale", "beta", "attn.q.scale_in")))
     assert [step for step, *_ in norms] == [0, 10, 20]
-
-
-def test_runs_of_one_name_are_kept_apart(tmp_path):
-    a, b, c = (write_run(tmp_path / p) for p in ("x/s1/run", "y/s1/run", "y/other"))
-    assert list(names_of([a, b, c, a])) == ["x/s1/run", "y/s1/run", "other"]
-    assert len(table([a, b, c, a]).splitlines()) == 4
+    assert [value for _, value, _ in betas] == [2.0] * 3
+    assert curves(log["scale"], "alpha") == {}
 
 
 def test_smooth():
@@ -136,17 +111,14 @@ def test_a_run_under_way(tmp_path):
     assert seconds_at(folder, whole, [10]) == [4.0]
 
 
-@pytest.mark.parametrize("text", ["{}\n", "", '{"event": "train", "step": 3}\n'])
-def test_a_log_without_a_step_is_refused(text, tmp_path):
-    (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="has no training step yet"):
-        log_of(tmp_path)
-
-
 def test_errors_are_one_line(tmp_path):
-    done = run("-m", "study.report", tmp_path, check=False)
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: .*is no run folder of train.py\n", done.stderr)
+    def error():
+        with pytest.raises(SystemExit) as stopped:
+            main([str(tmp_path)])
+        return stopped.value.code
+    assert re.fullmatch("error: .* is no run folder of train.py", error())
+    for text in ("", "{}\n", '{"event": "train", "step": 3}\n'):
+        (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
+        assert re.fullmatch("error: .*log.jsonl has no training step yet", error())
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="summary.json is not what train.py leaves"):
-        table([tmp_path])
+    assert "summary.json is not what train.py leaves" in error()
