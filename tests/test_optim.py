@@ -195,10 +195,3 @@ def test_schedules(keys, expected):
         "schedule": "wsd", "learning_rate": 1.0, "min_lr": 0.2, "max_iters": 100,
         "warmup_iters": 10, "decay_share": 0.4, "decay_shape": "linear", **keys})
     assert {step: learning_rate(step, config) for step in expected} == pytest.approx(expected)
-
-
-def test_an_unknown_decay_shape():
-    config = types.SimpleNamespace(schedule="wsd", learning_rate=1.0, min_lr=0.2, max_iters=100,
-                                   warmup_iters=10, decay_share=0.4, decay_shape="step")
-    with pytest.raises(ValueError, match="decay_shape='step' is unknown: choose one of linear,"):
-        learning_rate(70, config)
