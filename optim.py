@@ -15,7 +15,12 @@ from norms import SCALE_DECAY_POLICIES, weight_decay_groups
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
-DECAY_SHAPES = ("linear", "cosine", "sqrt")
+# the share of the way down that is still to go, for s from 0, where the decay begins, to 1
+DECAY_SHAPES = {
+    "linear": lambda s: 1 - s,
+    "cosine": lambda s: 0.5 * (1 + math.cos(math.pi * s)),
+    "sqrt": lambda s: 1 - math.sqrt(s),
+}
 
 
 def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings=True,
@@ -180,44 +185,17 @@ def set_learning_rate(optimizer, lr):
 # --------------------------------------------------------------------------------------------------
 # schedules
 
-def warmup(step, learning_rate, warmup_iters):
-    """Linear: learning_rate/warmup_iters at step 0, learning_rate at step warmup_iters - 1."""
-    return learning_rate * (step + 1) / warmup_iters
-
-
-def cosine(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0):
-    """Warmup, then half a cosine from learning_rate at step warmup_iters to min_lr at max_iters."""
-    if step < warmup_iters:
-        return warmup(step, learning_rate, warmup_iters)
-    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def wsd(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0, decay_share=0.2,
-        decay_shape="linear"):
-    """Warmup, stable, decay: the last decay_share of max_iters goes from learning_rate to min_lr,
-    with s from 0 to 1, as 1 - s ("linear", the paper's), (1 + cos πs)/2 ("cosine") or 1 - √s
-    ("sqrt")."""
-    if step < warmup_iters:
-        return warmup(step, learning_rate, warmup_iters)
-    decay_iters = max(1, round(decay_share * max_iters))
-    s = min(1.0, max(0.0, (step - (max_iters - decay_iters)) / decay_iters))
-    if decay_shape == "linear":
-        factor = 1 - s
-    elif decay_shape == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * s))
-    elif decay_shape == "sqrt":
-        factor = 1 - math.sqrt(s)
-    else:
-        raise ValueError(f"decay_shape={decay_shape!r} is unknown: choose one of "
-                         f"{', '.join(DECAY_SHAPES)}")
-    return min_lr + (learning_rate - min_lr) * factor
-
-
 def learning_rate(step, config):
-    """The learning rate of a step by the configuration's schedule."""
+    """The learning rate of a step: linear warmup, which reaches learning_rate at step
+    warmup_iters - 1; learning_rate; then down to min_lr at step max_iters. "cosine" goes down as
+    half a cosine from the warmup on. "wsd" goes down in the last decay_share of max_iters, by
+    decay_shape ("linear" is the paper's)."""
     c = config
-    if c.schedule == "cosine":
-        return cosine(step, c.learning_rate, c.max_iters, c.warmup_iters, c.min_lr)
-    return wsd(step, c.learning_rate, c.max_iters, c.warmup_iters, c.min_lr, c.decay_share,
-               c.decay_shape)
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / c.warmup_iters
+
+    begin, shape = c.warmup_iters, "cosine"
+    if c.schedule == "wsd":
+        begin, shape = c.max_iters - max(1, round(c.decay_share * c.max_iters)), c.decay_shape
+    s = min(1.0, max(0.0, (step - begin) / max(1, c.max_iters - begin)))
+    return c.min_lr + (c.learning_rate - c.min_lr) * DECAY_SHAPES[shape](s)

@@ -23,6 +23,7 @@ TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_em
 # a fork may add others, of which tests of formulas know nothing
 PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
+EVERYWHERE = "q,k,v,gate,up,head,o,down"
 MIXTURE = dict(n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=24, n_dense_layer=1)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup; children would inherit it

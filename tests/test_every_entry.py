@@ -4,7 +4,7 @@ folding and export run one function, and that what an entry claims is true.
 """
 import pytest
 import torch
-from conftest import MIXTURE, randomize_scales, tiny_batch, tiny_gpt
+from conftest import EVERYWHERE, MIXTURE, randomize_scales, tiny_batch, tiny_gpt
 from torch.nn import functional as F
 
 import model as model_file
@@ -20,16 +20,15 @@ from norms import (
 )
 from sample import generate
 
-EVERYWHERE = "q,k,v,gate,up,head,o,down"
-
-
 def check_one_function(monkeypatch, **keys):
     """The loss is the cross-entropy of the logits, whole and in chunks; cached sampling equals
-    uncached; every parameter gets a gradient; folding keeps the function, leaves no absorbable
-    vector, and does not touch the given model."""
-    keys |= {"n_layer": 1, "n_dense_layer": 0}
+    uncached; every parameter gets a gradient; state_dict holds all that the model is; folding keeps
+    the function, leaves no absorbable vector, and does not touch the given model; bfloat16, which
+    pads odd widths, is near."""
+    keys |= {"n_layer": 1, "n_dense_layer": 0, "d_ff": 45}
     model, (idx, targets) = randomize_scales(tiny_gpt(torch.float64, **keys)), tiny_batch()
-    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+    logits = model(idx)[0]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     for chunk_elements in (2 ** 26, 300):
         monkeypatch.setattr(model_file, "CHUNK_ELEMENTS", chunk_elements)
         loss = model(idx, targets)[1]
@@ -40,13 +39,21 @@ def check_one_function(monkeypatch, **keys):
     cached, uncached = (torch.cat(list(generate(model, idx[:, :4], 3, temperature=0, use_cache=c)))
                         for c in (True, False))
     assert torch.equal(cached, uncached)
+
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folded = fold_scale_vectors(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    torch.testing.assert_close(folded(idx)[0], model(idx)[0], rtol=0, atol=1e-11)
+    torch.testing.assert_close(folded(idx)[0], logits, rtol=0, atol=1e-11)
     stays = {name for name, m in named_scale_vectors(model) if not m.absorbable}
     assert {name for name, _ in named_scale_vectors(folded)} == stays
     assert all(m.reparam == "none" for _, m in named_scale_vectors(folded))
+
+    again = tiny_gpt(torch.float64, seed=5, **keys)
+    again.load_state_dict(before)
+    assert torch.equal(again(idx)[0], logits)
+    again.float().compute_dtype = torch.bfloat16
+    if not model.config.n_expert:  # where rounding can change a token's experts
+        assert (again(idx)[0] - logits).norm() < 0.03 * logits.norm()
 
 
 def check_claims(name):
@@ -119,22 +126,10 @@ def test_compiled_is_the_same_function(placement):
     """Its graphs, run by PyTorch's own kernels. Their gradients: test_graphs."""
     keys = dict(n_layer=1, scale_heterogeneous=True, scale_placement=placement)
     model, (idx, targets) = randomize_scales(tiny_gpt(**keys)), tiny_batch()
-    loss, logits = model(idx, targets)[1], model(idx)[0]
+    loss = model(idx, targets)[1]
     torch._dynamo.reset()
-    compile_model(model, backend="aot_eager", options=None)
+    compile_model(model, backend="eager", options=None)
     torch.testing.assert_close(model(idx, targets)[1], loss, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("width", [5, 8])
-def test_bfloat16_pads_and_changes_nothing(placement, width):
-    """An odd width is padded on its way; a placement that does not keep zeros never sees them."""
-    model = randomize_scales(tiny_gpt(scale_placement=placement, scale_placement_on="gate",
-                                      d_ff=width, scale_heterogeneous=True))
-    exact = model(tiny_batch()[0])[0]
-    model.compute_dtype = torch.bfloat16
-    assert (model(tiny_batch()[0])[0].float() - exact).norm() < 0.03 * exact.norm()
 
 
 def test_export_takes_the_kind_of_folder_from_the_entry():

@@ -31,7 +31,7 @@ from lib.config import load_config, meta_model, to_dict
 from lib.data import Dataset, window_numbers
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
-from optim import cosine
+from optim import learning_rate
 from train import EXIT_STOPPED, evaluate, training_step
 
 MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
@@ -49,7 +49,7 @@ def test_run_folder(undisturbed, dataset):
     assert json.loads((out / "config.json").read_text("utf-8")) == to_dict(config)
     steps, evals = read_log(out, "train"), read_log(out, "eval")
     assert [r["step"] for r in steps] == list(range(12))
-    assert [r["lr"] for r in steps] == [cosine(s, 1e-2, 12, 3, 1e-2 / 20) for s in range(12)]
+    assert [r["lr"] for r in steps] == [learning_rate(s, config) for s in range(12)]
     assert all(r["grad_norm"] > 0 and r["mfu"] is None for r in steps)
     assert steps[0]["tokens_per_s"] is None and all(r["tokens_per_s"] > 0 for r in steps[1:])
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
