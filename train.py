@@ -28,7 +28,7 @@ import optim
 from lib.checkpoint import changed_keys, check_finite, load_checkpoint, load_weights
 from lib.config import BUILTIN, describe_keys, load_config, share_batch, to_dict, tokens_per_step
 from lib.data import Dataset, get_encoding, window_numbers
-from lib.log import RunLog, describe, start_wandb, summarize
+from lib.log import RunLog, describe, summarize, without_gradient
 from lib.process import Process, compile_model, hard_exit, report, say, stop_signals, to_device
 from model import GPT
 from prepare_data import prepare_builtin
@@ -126,9 +126,6 @@ def resume(run, path):
     run.step = run.saved = state["step"]
     run.sequences = state["data"]["sequences"]
     run.started -= state["seconds"]
-    if config.token_budget:  # with another batch it takes another number of steps
-        left = config.token_budget - run.sequences * config.model.block_size
-        config.max_iters = run.step + max(0, math.ceil(left / tokens_per_step(config)))
     if run.step > config.max_iters:
         raise ValueError(f"{path} has made {run.step} steps, and max_iters={config.max_iters}: "
                          f"set --max_iters={run.step} or more, or choose another --out_dir")
@@ -164,11 +161,11 @@ def train(config, process):
         if checkpoint:
             resume(run, checkpoint)
         run.batches = Batches(dataset.train, config, process, run.sequences)
-        run.parallel = process.parallel(run.model)
+        run.idle = without_gradient(run.model)
+        run.parallel = process.parallel(run.model, idle=bool(run.idle))
         if process.compile:
             compile_model(run.model)
         describe(run)
-        process.on_main_then_all(lambda: start_wandb(config))
         with stop_signals(tell=process.is_main) as stops:
             result = loop(run, stops)
         if result is None:
@@ -230,9 +227,8 @@ def main(argv):
         usage = (__doc__ or "").partition("\n\n  training_step")[0]  # None under python -OO
         say(f"{usage}\n\nkeys and defaults:\n{describe_keys()}")
         return 0
-    process = None
+    process = Process()
     try:
-        process = Process()
         config = load_config(argv)
         share_batch(config, process.world_size)  # raises what all processes would raise
         process.start(config)

@@ -34,7 +34,8 @@ def step_of(path):
 
 
 def save_checkpoint(out_dir, step, state, keep):
-    """Write `state` as the checkpoint of `step`, then delete the oldest so that `keep` remain.
+    """Write `state` as the checkpoint of `step`, then delete the oldest so that `keep` remain, and
+    what a killed process left half-written.
 
     state: {"model": {name: tensor}, "optimizer": {name: {key: tensor}}, "config": {key: value},
     "tokenizer": str, "data": {"sequences": seen so far, "train_tokens": of the dataset},
@@ -45,8 +46,9 @@ def save_checkpoint(out_dir, step, state, keep):
     path = Path(out_dir) / f"ckpt_{step:07d}.pt"
     write_whole(path, lambda f: torch.save({"format": FORMAT, "step": step, **state}, f),
                 "continue with --resume; the older checkpoints are intact")
-    for old in [p for p in checkpoints(out_dir) if step_of(p) <= step][:-keep]:
-        old.unlink()
+    old = [p for p in checkpoints(out_dir) if step_of(p) <= step][:-keep]
+    for file in (*old, *Path(out_dir).glob("ckpt_*.pt.tmp")):
+        file.unlink()
     return path
 
 
@@ -95,13 +97,11 @@ def newest_checkpoint(out_dir, stream=None):
 
 def load_weights(model, state, path):
     """A checkpoint's weights into the model. Raises ValueError if a name or a shape differs."""
-    ours, theirs = model.state_dict(), state["model"]
-    for name in sorted(ours.keys() | theirs.keys()):
-        was, now = (tuple(w[name].shape) if name in w else None for w in (theirs, ours))
-        if was != now:
-            raise ValueError(f"{path} cannot be used: {name} has shape {was} in it and {now} in "
-                             f"the model: use the code that wrote it")
-    model.load_state_dict(theirs)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be used: {reason} Use the code that wrote it") from None
 
 
 def changed_keys(config, dataset, path, state):

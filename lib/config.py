@@ -13,7 +13,6 @@ import dataclasses
 import inspect
 import math
 import os
-import re
 import sys
 import types
 from dataclasses import dataclass, field
@@ -25,8 +24,6 @@ from model import GPT, GPTConfig, check_choice, nearest
 from norms import SCALE_DECAY_POLICIES
 from optim import DECAY_SHAPES, OPTIMIZERS, SCHEDULES
 
-BUILTIN = "data/stdlib"  # the dataset that is made on the spot if it is missing
-
 
 @dataclass
 class TrainConfig:
@@ -37,7 +34,7 @@ class TrainConfig:
     checkpoint_interval: int = 1000  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest so many stay
     # data
-    dataset: str = BUILTIN  # a folder of token shards: see prepare_data.py
+    dataset: str = "data/stdlib"  # a folder of token shards: see prepare_data.py
     batch_size: int = 16  # sequences a process holds at once
     gradient_accumulation_steps: int = 1  # times this is the global batch; processes share it
     seed: int = 1337  # of the initial weights and of the data order
@@ -59,7 +56,7 @@ class TrainConfig:
     dist_timeout: float = 600.0  # seconds a process waits for the others before it gives up
     # learning-rate schedule
     schedule: str = "cosine"  # or "wsd": warmup, stable, decay
-    warmup_iters: int = 100  # of a run that is shorter: a tenth of it
+    warmup_iters: int = 100  # a run that is shorter warms up for a tenth of its steps
     min_lr: float = -1.0  # at the end; -1: the paper's, learning_rate/20 for cosine, 0 for wsd
     decay_share: float = 0.2  # wsd: the last share of the steps
     decay_shape: str = "linear"  # wsd: or "cosine", "sqrt"
@@ -69,20 +66,19 @@ class TrainConfig:
     log_interval: int = 10  # steps between progress lines; log.jsonl has every step
     sample_tokens: int = 0  # length of the sample shown at the end
     sample_prompt: str = "\n"
-    wandb_project: str = ""  # log to Weights & Biases too (needs wandb)
     # machine
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of activations: bfloat16 where a GPU computes in it, else float32
     compile: bool | str = "auto"  # torch.compile: on CUDA
-    # not keys
+    # no key of its own: the keys of GPTConfig
     model: GPTConfig = field(default_factory=GPTConfig)
-    token_budget: float = 0.0  # tokens_per_param x parameters where max_iters=0 asked for it
-    long_warmup: int = 0  # the warmup_iters asked for, where it was too long
 
     def __post_init__(self):
         check_values(self)
-        self.out_dir = expand_path("out_dir", self.out_dir)
-        self.dataset = expand_path("dataset", self.dataset)
+        for key in ("out_dir", "dataset"):
+            if not getattr(self, key):
+                raise ValueError(f"{key}='' is empty: give a path")
+            setattr(self, key, os.path.expanduser(getattr(self, key)))
         if self.min_lr < 0:
             self.min_lr = self.learning_rate / 20 if self.schedule == "cosine" else 0.0
         if self.min_lr > self.learning_rate:
@@ -92,12 +88,13 @@ class TrainConfig:
             if not self.tokens_per_param > 0:
                 raise ValueError(f"tokens_per_param={self.tokens_per_param} with max_iters=0 makes "
                                  f"no step: set one of them")
-            self.token_budget = self.tokens_per_param * meta_model(self).num_params("active")
-            self.max_iters = math.ceil(self.token_budget / tokens_per_step(self))
+            tokens = self.tokens_per_param * meta_model(self).num_params("active")
+            self.max_iters = math.ceil(tokens / tokens_per_step(self))
         if self.warmup_iters > self.max_iters:
-            self.long_warmup, self.warmup_iters = self.warmup_iters, max(1, self.max_iters // 10)
+            self.warmup_iters = max(1, self.max_iters // 10)
 
 
+BUILTIN = TrainConfig.dataset  # it is made on the spot if it is missing
 CHOICES = {"optimizer": OPTIMIZERS, "scale_weight_decay": tuple(SCALE_DECAY_POLICIES),
            "schedule": SCHEDULES, "decay_shape": DECAY_SHAPES,
            "device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
@@ -108,7 +105,7 @@ RANGES = {**dict.fromkeys(AT_LEAST_1, (1, math.inf)), "decay_share": (0, 1),
           **dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0, 1 - 1e-9)),
           "seed": (0, 2 ** 63 - 1), "min_lr": (-1, math.inf)}  # of all others: at least 0
 FIELDS = {f.name: f for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig))
-          if f.name not in ("model", "token_budget", "long_warmup")}
+          if f.name != "model"}
 
 
 def check_values(c):
@@ -137,7 +134,7 @@ def load_config(argv):
         raise ValueError(f"one config file at most, and here are {len(files)}: {' '.join(files)} "
                          f"(write --key=value, with the =)")
     if files:
-        values.update(read_config_file(expand_path("config", files[0])))
+        values.update(read_config_file(os.path.expanduser(files[0])))
     for arg in argv:
         if arg.startswith("--"):
             key, given, text = arg[2:].partition("=")
@@ -156,28 +153,32 @@ def to_dict(config):
 
 
 def read_config_file(path):
-    """{key: value} of what a config file assigns or takes over by `from ... import *`.
+    """{key: value} of what a config file assigns or takes over by `from ... import *`. It is run
+    as a script, which can import its neighbours.
 
-    Ignored: names starting with `_`, modules, functions, classes, and names imported individually.
-    Raises ValueError, one line, if the file does not run or assigns no key."""
+    Ignored: names starting with `_`, modules, functions and classes. Raises ValueError, one line,
+    if the file does not run or assigns no key."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file not found: {path}")
+    names, folder = {"__name__": "config", "__file__": str(path)}, str(path.resolve().parent)
+    # annotations are kept as text: `device: cuda` is not to fail because `cuda` is no name
+    flags = __future__.annotations.compiler_flag
+    sys.path.insert(0, folder)
     try:
-        tree = ast.parse(path.read_bytes(), str(path))
-        names = run_config(compile(tree, str(path), "exec", __future__.annotations.compiler_flag),
-                           path)
+        exec(compile(path.read_bytes(), str(path), "exec", flags), names)
     except (Exception, SystemExit) as error:  # it is the user's code: anything can happen in it
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{path} does not run: {reason}") from None
+    finally:
+        sys.path.remove(folder)
+
     for key, value in names.pop("__annotations__", {}).items():
         if key not in names:  # `n_layer: 12` annotates a name and assigns nothing
             raise ValueError(f"{path}: `{key}: {value}` assigns nothing: write `{key} = {value}`")
-    imported = {alias.asname or alias.name for node in ast.walk(tree)
-                if isinstance(node, ast.ImportFrom) for alias in node.names} - set(FIELDS)
     own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    values = {name: value for name, value in names.items() if name in FIELDS
-              or not (name.startswith("_") or name in imported or isinstance(value, own))}
+    values = {name: value for name, value in names.items()
+              if name in FIELDS or not (name.startswith("_") or isinstance(value, own))}
     if not values:
         raise ValueError(f"{path} assigns no key: a config is a Python file with lines such as "
                          f"n_layer = 12")
@@ -186,29 +187,10 @@ def read_config_file(path):
     return values
 
 
-def run_config(code, path):
-    """The names that a config leaves. It can import its neighbours, as a script can."""
-    names, folder = {"__name__": "config", "__file__": str(path)}, str(path.resolve().parent)
-    before = set(sys.modules)
-    sys.path.insert(0, folder)
-    try:
-        exec(code, names)
-    finally:
-        sys.path.remove(folder)
-        for name in set(sys.modules) - before:  # another config may have a neighbour of that name
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(folder + os.sep):
-                del sys.modules[name]
-    return names
-
-
 def describe_keys():
-    """Every key on a line with its default and the comment that stands beside it."""
-    lines = []
-    for kind in (TrainConfig, GPTConfig):
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.M))
-        lines += [f"  {f.name + '=' + repr(f.default):<34}  {comments.get(f.name, '')}".rstrip()
-                  for f in dataclasses.fields(kind) if f.name in FIELDS]
-    return "\n".join(lines)
+    """The keys, as the two classes list them: type, default, meaning."""
+    return "\n".join(inspect.getsource(kind).partition("\n    def ")[0].rstrip()
+                     for kind in (TrainConfig, GPTConfig))
 
 
 def known_key(key, where):
@@ -242,15 +224,6 @@ def check_type(key, value):
                          f"{' or '.join(t.__name__ for t in allowed)}, such as "
                          f"{FIELDS[key].default!r}")
     return value
-
-
-def expand_path(key, path):
-    """The path with ~ replaced by the home folder, which no shell does within --key=value."""
-    full = os.path.expanduser(path)
-    if not path or full.startswith("~"):
-        wrong = "names no home folder" if path else "is empty"
-        raise ValueError(f"{key}={path!r} {wrong}: give a path")
-    return full
 
 
 # ---------------------------------------------------------------------------------------------

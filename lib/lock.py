@@ -25,10 +25,6 @@ def hold_lock(path, busy):
     """
     remove_if_stale(path, busy)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-
-    def is_in_place():
-        return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
-
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,13 +34,12 @@ def hold_lock(path, busy):
             if error.errno not in NO_FLOCK:
                 raise
             os.write(descriptor, f"{os.getpid()}\n{socket.gethostname()}\n".encode())
-        if not is_in_place():  # its last holder has just removed it
-            raise ValueError(busy)
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))):
+            raise ValueError(busy)  # its last holder has just removed it
         try:
             yield
         finally:
-            if is_in_place():
-                path.unlink()
+            path.unlink(missing_ok=True)  # missing: prepare_data.py has renamed the folder
     finally:
         os.close(descriptor)
 
@@ -70,8 +65,6 @@ def remove_if_stale(path, busy):
 def is_running(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
+    except OSError as error:
+        return error.errno == errno.EPERM  # another user's process
     return True

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +20,8 @@ from lib.checkpoint import changed_keys, checkpoints, newest_checkpoint, save_ch
 from lib.config import to_dict, tokens_per_step
 from lib.disk import cannot_write, write_whole
 from lib.lock import hold_lock
-from lib.process import attention_backend, say
+from lib.process import say
 from norms import named_scale_vectors
-from optim import optimizer_state
 
 AGAIN = "continue with --resume; the checkpoints are intact"
 
@@ -37,10 +35,10 @@ class RunLog:
     def __init__(self, config, process):
         self.config, self.process, self.out = config, process, Path(config.out_dir)
         self.lock, self.file = contextlib.ExitStack(), None
-        self.old_lines, self.unwritten, self.leftovers = "", b"", []
+        self.path, self.unwritten = self.out / "log.jsonl", b""
+        self.first_step = 0  # the step of the checkpoint that is resumed
         self.bad_steps = 0  # in a row
         self.began = None  # the number of the second step and its time: the first one may compile
-        self.steps, self.seconds = 0, 0.0  # since the last progress line
 
     def lock_and_check(self, dataset):
         """Returns the checkpoint to resume from, or None. Raises ValueError if the folder cannot
@@ -57,36 +55,35 @@ class RunLog:
         except OSError as error:
             raise ValueError(f"{where} cannot be written ({error.strerror}): choose another "
                              f"--out_dir") from None
-        newest = newest_checkpoint(out) if config.resume else None
-        if newest:
+        if newest := newest_checkpoint(out):
             changed_keys(config, dataset, *newest)
-        elif held and (held[-1] != "log.jsonl" or not is_log(out / "log.jsonl")):
+            self.first_step = newest[1]["step"]
+            return newest[0]
+        if held and not (held[-1] == "log.jsonl" and lines_before(self.path, math.inf)):
             raise ValueError(f"{where} holds {held[-1]} and no checkpoint: choose another "
                              f"--out_dir")
-        elif held:
+        if held:
             say(f"{out} holds a log and no checkpoint: starting at step 0")
-        if "log.jsonl" in held:
-            self.old_lines = lines_before(out / "log.jsonl", newest[1]["step"] if newest else 0)
-            self.leftovers = [*out.glob("ckpt_*.pt.tmp"), out / "summary.json"]
-        return newest and newest[0]
+        return None
+
+    def begin(self):
+        """Write the log, of a resumed run with its lines from before the checkpoint, and
+        config.json."""
+        (self.out / "summary.json").unlink(missing_ok=True)
+        kept = lines_before(self.path, self.first_step) if self.path.exists() else ""
+        write_whole(self.path, kept.encode() + self.unwritten, AGAIN)
+        write_whole(self.out / "config.json", json.dumps(to_dict(self.config), indent=1), AGAIN)
+        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
 
     def flush(self):
-        """Every event is in the file when this returns. The first call makes the file: what comes
-        before the checkpoint of a resumed run stays in it."""
+        """Every event is in the file when this returns. The first call makes the file."""
+        if self.file is None:
+            self.begin()
         try:
-            if self.file is None:
-                for path in self.leftovers:
-                    path.unlink(missing_ok=True)
-                write_whole(self.out / "log.jsonl", self.old_lines, AGAIN)
-                keys = json.dumps(to_dict(self.config), indent=1)
-                write_whole(self.out / "config.json", keys, AGAIN)
-                self.file = open(self.out / "log.jsonl", "ab", buffering=0)
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten):]
         except OSError as error:
-            if error.errno is None:  # write_whole's, with the path
-                raise
-            raise cannot_write(self.out / "log.jsonl", error, AGAIN) from None
+            raise cannot_write(self.path, error, AGAIN) from None
 
     def save(self, step, state):
         """Write a checkpoint, none of whose steps is missing from the log."""
@@ -105,82 +102,53 @@ class RunLog:
 
     def write(self, event, **values):
         """Add a line to the log: to the file, or before the first step to what waits for it."""
-        if not self.process.is_main:
-            return
-        self.unwritten += (to_json({"event": event, **values}) + "\n").encode()
-        if self.file:
-            self.flush()
-        if self.config.wandb_project and event in ("train", "eval"):
-            shown = {f"{event}/{key}": value for key, value in values.items() if key != "step"}
-            sys.modules["wandb"].log(shown, step=values["step"])
+        if self.process.is_main:
+            self.unwritten += (to_json({"event": event, **values}) + "\n").encode()
+            if self.file:
+                self.flush()
 
     def step(self, run, loss, lr, grad_norm, routers, seconds):
         """Write the step that run.step has just counted and that took so many seconds, and show it
         if it is its turn. Raises FloatingPointError after max_bad_steps that were not finite."""
-        step, finite = run.step - 1, math.isfinite(loss) and math.isfinite(grad_norm)
+        step, steps = run.step - 1, self.config.max_iters
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         self.bad_steps = 0 if finite else self.bad_steps + 1
-        rate = tokens_per_step(self.config) / max(seconds, 1e-9) if self.began else None
+        rate = tokens_per_step(self.config) / seconds if self.began else None
+        peak = self.process.peak_flops()
+        mfu = rate * run.model.flops_per_token() / peak if rate and peak else None
         self.write("train", step=step, loss=loss if finite else None, lr=lr, tokens_per_s=rate,
-                   grad_norm=grad_norm if finite else None, mfu=self.mfu(run, rate))
-        shows = step % self.config.log_interval == 0 or step == self.config.max_iters - 1
+                   grad_norm=grad_norm if finite else None, mfu=mfu)
+        shows = step % self.config.log_interval == 0 or step == steps - 1
         if shows:
             self.routers(run, routers)
         if self.process.is_main:
             self.flush()
-        if self.began:
-            self.steps, self.seconds = self.steps + 1, self.seconds + seconds
-        elif finite:
-            self.warn_without_gradient(run)
         if not finite:
             self.say(f"step {step:>6}  loss {loss}, gradient norm {grad_norm}: no update made")
             self.check_bad_steps(step, self.config.max_bad_steps)
         elif shows:
-            self.say(f"step {step:>6}/{self.config.max_iters}  loss {loss:.4f}  lr {lr:.2e}  "
-                     f"grad_norm {grad_norm:.2f}{self.speed(run)}")
+            self.say(f"step {step:>6}/{steps}  loss {loss:.4f}  lr {lr:.2e}  "
+                     f"grad_norm {grad_norm:.2f}{self.speed(run.step, rate, mfu)}")
         self.began = self.began or (run.step, time.monotonic())
 
-    def speed(self, run):
-        """Tokens a second since the last progress line, and the time left, as text."""
-        if not self.steps:
+    def speed(self, step, rate, mfu):
+        """Tokens a second of the last step, and the time left by the average, as text."""
+        if not self.began:
             return ""
-        rate = self.steps * tokens_per_step(self.config) / max(self.seconds, 1e-9)
-        self.steps, self.seconds = 0, 0.0
-        step, since = self.began
-        left = (time.monotonic() - since) / (run.step - step) * (self.config.max_iters - run.step)
-        mfu = self.mfu(run, rate)
+        first, since = self.began
+        left = (time.monotonic() - since) / (step - first) * (self.config.max_iters - step)
         return (f"  {rate:,.0f} tokens/s" + (f"  mfu {mfu:.1%}" if mfu else "")
                 + f"  {duration(left)} left")
 
-    def mfu(self, run, rate):
-        """The share of the devices' peak FLOP/s that training at this rate uses, or None."""
-        peak = self.process.peak_flops()
-        return rate * run.model.flops_per_token() / peak if rate and peak else None
-
-    def warn_without_gradient(self, run):
-        """Name each trainable parameter whose first gradient was missing, or zero everywhere, by
-        the moments that the optimizer keeps of it. Scale vectors are computed as one batch, so one
-        that the loss does not depend on has a zero gradient, and decay would still shrink it."""
-        moments = optimizer_state(run.optimizer)
-        for name, p in run.model.named_parameters():
-            known = moments.get(name, {})
-            first = known.get("exp_avg", known.get("momentum_buffer"))
-            if p.requires_grad and (first is None or not first.any()):
-                self.say(f"{name} got no gradient in the first step: the loss does not depend on "
-                         f"it, so only decay can move it")
-
     def check_bad_steps(self, step, most):
-        """Raise FloatingPointError if the last `most` steps or more were not finite. A checkpoint
-        from which none was finite is renamed: a resume takes the one before."""
-        if self.bad_steps < most:
-            return
-        ruined = self.out / f"ckpt_{step + 1 - self.bad_steps:07d}.pt"
-        whole = self.bad_steps < self.config.max_bad_steps or not ruined.exists()
-        if self.process.is_main and not whole:
-            os.rename(ruined, f"{ruined}.bad")
-        raise FloatingPointError(
-            f"{self.bad_steps} steps in a row up to step {step} were not finite (max_bad_steps="
-            f"{self.config.max_bad_steps}): stopped. The last checkpoint is "
-            f"{(checkpoints(self.out) or ['none'])[-1]}; resume with a lower --learning_rate")
+        """Raise FloatingPointError if the last `most` steps or more were not finite."""
+        if self.bad_steps >= most:
+            last = (checkpoints(self.out) or ["none"])[-1]
+            raise FloatingPointError(
+                f"{self.bad_steps} steps in a row up to step {step} were not finite (max_bad_steps="
+                f"{self.config.max_bad_steps}): stopped. The last checkpoint is {last}; resume with"
+                f" a lower --learning_rate. If no step after it is finite, move it away: the one "
+                f"before is used")
 
     def evaluation(self, run, val_loss):
         """Write and show a validation loss and the statistics of the weights. Returns the loss in
@@ -231,23 +199,21 @@ def describe(run):
     say(f"{params:,} parameters{active}, {scales:,} of them in {len(named_scale_vectors(model))} "
         f"scale vectors ({scales / params:.4%})")
     say(f"{tokens:,} training tokens ({run.dataset.tokenizer}); {config.max_iters:,} steps of "
-        f"{step_tokens:,} tokens, {config.max_iters * step_tokens / tokens:.2f} epochs")
-    if config.long_warmup:
-        say(f"warmup_iters={config.long_warmup} is more than max_iters={config.max_iters}: the "
-            f"run warms up for {config.warmup_iters}")
+        f"{step_tokens:,} tokens (warm-up: {config.warmup_iters:,}), "
+        f"{config.max_iters * step_tokens / tokens:.2f} epochs")
     compiled = "compiled" if process.compile else "not compiled"
     say(f"{process.world_size} x {process.device.type}, {str(process.dtype)[6:]}, {compiled}, "
         f"{run.batches.micro_steps} x {run.batches.micro_batch} sequences of "
         f"{config.model.block_size} in each process")
-    if process.device.type == "cuda":
-        say(f"attention: {attention_backend(config.model, process.device, process.dtype)}")
+    for name in run.idle:
+        say(f"{name} gets no gradient: the loss does not depend on it, so only decay can move it")
 
 
 def summarize(run, val_loss, val_bpb):
     """Write summary.json, and name the run's files."""
     out, seconds = run.log.out, time.monotonic() - run.started
     tokens = run.sequences * run.config.model.block_size
-    run.log.flush()
+    run.log.flush()  # a resumed run that had finished has made no step that would open the log
     summary = {"val_loss": val_loss, "val_bpb": val_bpb, "steps": run.step, "tokens": tokens,
                "params": run.model.num_params(), "seconds": seconds,
                "scale_params": run.model.num_params("scale_vectors"),
@@ -257,16 +223,16 @@ def summarize(run, val_loss, val_bpb):
         f"and summary.json; draw it with `python -m study.report {out}`")
 
 
-def start_wandb(config):
-    """Log to Weights & Biases too, if the configuration asks for it. Raises ValueError."""
-    if config.wandb_project:
-        try:
-            import wandb
-            wandb.init(project=config.wandb_project, name=Path(config.out_dir).name,
-                       config=to_dict(config))
-        except Exception as error:  # not installed, or whatever its network layers raise
-            raise ValueError(f"wandb does not start ({str(error).partition(chr(10))[0]}): pip "
-                             f"install wandb, or leave wandb_project unset") from None
+def without_gradient(model):
+    """The names of the trainable parameters whose gradient is missing, or zero everywhere, for a
+    short sequence. Scale vectors are computed as one batch, so one that the loss does not depend
+    on has a zero gradient, and decay would still shrink it."""
+    config, device = model.config, next(model.parameters()).device
+    tokens = torch.arange(min(16, config.block_size), device=device)[None] % config.vocab_size
+    loss = model(tokens, tokens)[1] + model.auxiliary_loss()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return [name for (name, _), g in zip(named, gradients) if g is None or not g.any()]
 
 
 def lines_before(path, step):
@@ -279,11 +245,6 @@ def lines_before(path, step):
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return "".join(kept)
-
-
-def is_log(path):
-    """True if the file is a run's log, or empty, as one is when a run opens it."""
-    return path.exists() and (not path.stat().st_size or bool(lines_before(path, math.inf)))
 
 
 def to_json(value, **keys):

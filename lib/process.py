@@ -16,7 +16,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
 # dense bf16 FLOP/s of the GPUs people train on, by their makers' data sheets
@@ -42,20 +41,13 @@ def compile_model(model, **how):
 
 
 class Process:
-    """This process: the only one, or one of torchrun's.
-
-    Raises ValueError if the environment counts several processes and does not say where."""
+    """This process: the only one, or one of several that torchrun has started."""
 
     def __init__(self):
         env = os.environ
-        self.world_size = int(env.get("WORLD_SIZE", 1))
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if self.world_size > 1 and missing:
-            raise ValueError(f"WORLD_SIZE={self.world_size} is set in the environment and "
-                             f"{missing[0]} is not: start several processes with torchrun, or "
-                             f"one after `unset WORLD_SIZE`")
-        # a process on its own ignores what another program left in RANK
-        self.rank = int(env["RANK"]) if self.world_size > 1 else 0
+        several = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys()
+        self.world_size = int(env["WORLD_SIZE"]) if several else 1
+        self.rank = int(env["RANK"]) if several else 0
         self.is_main, self.store, self.restarts = self.rank == 0, None, 0
         if self.world_size > 1:
             self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -67,13 +59,12 @@ class Process:
     def start(self, config):
         """Choose device, dtype and whether to compile; join the others. Raises ValueError if
         this machine lacks the device."""
-        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-        kind = [*there, "cpu"][0] if config.device == "auto" else config.device
-        if kind not in [*there, "cpu"]:
-            raise ValueError(f"device={kind!r} is not available on this machine: use --device=auto")
-        if kind == "mps" and self.world_size > 1:
-            raise ValueError("device='mps' cannot run several processes: start without torchrun, "
-                             "or use --device=cpu")
+        mps = self.world_size == 1 and torch.backends.mps.is_available()
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
+        kind = there[0] if config.device == "auto" else config.device
+        if kind not in there:
+            raise ValueError(f"device={kind!r} is not available on this machine "
+                             f"(mps: for one process only): use --device=auto")
         self.device, bf16 = torch.device(kind), False
         if kind == "cuda":
             index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -94,9 +85,10 @@ class Process:
                 world_size=self.world_size, timeout=timeout,
                 device_id=self.device if kind == "cuda" else None)
 
-    def parallel(self, model):
+    def parallel(self, model, idle=False):
         """The model, or DistributedDataParallel around it: gradients are averaged in buckets,
-        of which they are views. Call it before compile_model."""
+        of which they are views. idle: whether some parameters get no gradient. Call it before
+        compile_model."""
         if self.world_size == 1:
             return model
         # it would cut compiled graphs at the buckets; here each block is a graph of its own
@@ -105,7 +97,7 @@ class Process:
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         return DistributedDataParallel(
             model, device_ids=[self.device] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True, find_unused_parameters=has_unused_parameters(model),
+            gradient_as_bucket_view=True, find_unused_parameters=idle,
             **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
     def sum(self, values):
@@ -146,25 +138,6 @@ class Process:
                      if part in name), None)
 
 
-def has_unused_parameters(model):
-    """True if the loss of a short sequence does not depend on some trainable parameter."""
-    tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
-    loss = model(tokens, tokens)[1] + model.auxiliary_loss()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return any(g is None for g in torch.autograd.grad(loss, parameters, allow_unused=True))
-
-
-def attention_backend(config, device, dtype):
-    """The name of the kernel that PyTorch chooses for training's attention."""
-    def heads(n):
-        shape = (1, config.block_size, n, config.head_dim)
-        return torch.empty(shape, device=device, dtype=dtype, requires_grad=True).transpose(1, 2)
-    q, k, v = heads(config.n_head), heads(config.n_kv_head), heads(config.n_kv_head)
-    choice = torch._fused_sdp_choice(q, k, v, is_causal=True,
-                                     enable_gqa=config.n_head != config.n_kv_head)
-    return SDPBackend(choice).name
-
-
 def say(text, stream=None):
     """Print a line to standard output or `stream`. A closed pipe or a full disk behind it ends
     no run: from then on its output is dropped."""
@@ -181,28 +154,20 @@ def hard_exit(status):
     runs may otherwise end it with SIGABRT, which torchrun reports as a failure."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
     os._exit(status)  # nothing waits in a stream: say flushes
 
 
 def report(error, process):
-    """Print the error's one line, once however many processes have it. Returns False, and prints
-    nothing, for an error that can only be a mistake in the program. process: None if the error
-    kept it from being made.
-
-    A rank that merely lost contact stays silent if the failing rank has reported its error."""
-    text, lost, earlier = one_line(error), lost_contact(error), 0
-    several = process is None or process.world_size > 1
-    if text is None or (lost and not several):
+    """Print the error's one line, once if several processes have it. Returns False, and prints
+    nothing, for an error that can only be a mistake in the program."""
+    text, lost = one_line(error), lost_contact(error)
+    if text is None or lost and process.world_size == 1:
         return False
     with contextlib.suppress(RuntimeError):  # the store is gone: report all the same
-        if process and process.store:
-            errors = process.store.add("errors", 1)
-            earlier = (errors if lost else process.store.add(f"error {text}", 1)) - 1
-    if not earlier:
-        say(f"error: {f'process {process.rank}: ' if process and several else ''}{text}",
-            sys.stderr)
+        if process.store and process.store.add("lost" if lost else text, 1) > 1:
+            return True
+    where = f"process {process.rank}: " if process.world_size > 1 else ""
+    say(f"error: {where}{text}", sys.stderr)
     return True
 
 

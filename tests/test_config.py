@@ -3,7 +3,6 @@ Proves that a configuration is read as it is written, that what follows from it 
 whatever is wrong with it ends, before any work, in one line that names the key, its value and what
 to do.
 """
-import dataclasses
 import json
 import sys
 
@@ -13,7 +12,7 @@ from conftest import ROOT, UNIFIED_CONFIG, refused, tiny_batch
 
 from lib import config as config_file
 from lib.config import FIELDS, load_config, meta_model, share_batch, to_dict, tokens_per_step
-from model import GPT, GPTConfig
+from model import GPT
 from optim import learning_rate, make_optimizer, param_groups, set_learning_rate
 
 SHORT = ["--max_iters=500"]  # nothing to work out
@@ -36,23 +35,14 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--beta1=1"], "beta1=1.0 must be between 0 and 1"),
     (["--optimizer=adam"], "optimizer='adam' is unknown: choose one of adamw, muon; did you mean "
                            "adamw?"),
-    (["--schedule=linear"], "schedule='linear' is unknown: choose one of cosine, wsd"),
     (["--compile=yes"], "compile='yes' is unknown: choose one of auto, True, False"),
-    (["--dtype=float16"], "dtype='float16' is unknown: choose one of auto, float32, bfloat16"),
-    (["--device=foo"], "device='foo' is unknown: choose one of auto, cuda, mps, cpu"),
-    (["--scale_weight_decay=iwd"], "scale_weight_decay='iwd' is unknown: choose one of all,"),
     (["--n_embd=100", "--n_head=3"], "n_embd=100 is not divisible by n_head=3"),
     (["--max_iters=0", "--tokens_per_param=0"], "tokens_per_param=0.0 with max_iters=0 makes no"),
-    (["--overwrite"], "unknown key 'overwrite'"),
-    (["--scale_weight_decay=input_nrm"], "did you mean input_norm?"),
     (["configs/nothing.py"], "config file not found: configs/nothing.py"),
     (["configs/quickstart.py", "max_iters", "3"], "one config file at most"),
     (["--dataset=data/none", *SHORT], "no dataset at data/none: make it with"),
     (["--min_lr=2e-3", *SHORT], "min_lr=0.002 is above learning_rate=0.001"),
-    (["--min_lr=-2"], "min_lr=-2.0 must be at least -1"),
-    (["--n_expert=4", "--n_layer=3", "--n_dense_layer=3"], "n_dense_layer=3"),
     (["--out_dir=", *SHORT], "out_dir='' is empty"),
-    (["--out_dir=~nobody_here/x", *SHORT], "out_dir='~nobody_here/x' names no home folder"),
 ])
 def test_bad_configuration(arguments, message):
     assert message in refused(*arguments)
@@ -67,25 +57,21 @@ def test_bad_configuration(arguments, message):
     ("exit()", "{} does not run: SystemExit"),
     ("n_layer = 3\nlearning_rate: 1e-5",
      "{}: `learning_rate: 1e-05` assigns nothing: write `learning_rate = 1e-05`"),
-    ("dataset = 'data/none'\nif True:\n    try:\n        max_iters: 5\n    except OSError: pass",
-     "{}: `max_iters: 5` assigns nothing"),
     ("n_layer: 12\nn_head: 12\ndevice: cuda", "{}: `n_layer: 12` assigns nothing"),  # YAML
-    ('{{"n_layer": 12}}', "{} assigns no key: a config is a Python file"),  # JSON
-    ("# nothing", "{} assigns no key"),
-    ("_n_layer = 3", "{} assigns no key"),
+    ("_n_layer = 3", "{} assigns no key: a config is a Python file"),
     ("from math import *", "unknown key 'pi' in {}"),
     ("def n_layer(): return 3", "n_layer=<function n_layer"),
 ])
 def test_bad_config_files(tmp_path, text, message):
     path = tmp_path / "config.py"
-    path.write_text(text.replace("{{", "{").replace("}}", "}"), "utf-8")
+    path.write_text(text, "utf-8")
     assert message.format(path) in refused(str(path))
 
 
 def test_config_files_are_python(tmp_path):
     path = tmp_path / "config.py"
-    path.write_text("import math\nfrom math import pi, sqrt\nfrom configs.unified import *\n"
-                    "_width = 96\nclass Note:\n  n_layer: int\ndef double(x): return 2 * x\n"
+    path.write_text("import math\nfrom math import sqrt\nfrom configs.unified import *\n"
+                    "_width = 96  # é\nclass Note:\n  n_layer: int\ndef double(x): return 2 * x\n"
                     "n_embd = double(_width)\nlearning_rate: float = 1\nmax_iters = 1e3\n", "utf-8")
     config = load_config([str(path), "--n_layer=3", "--out_dir=5", "--resume", "--compile=False"])
     assert (config.model.n_embd, config.model.n_layer) == (192, 3)
@@ -95,17 +81,12 @@ def test_config_files_are_python(tmp_path):
     assert type(config.learning_rate) is float and type(config.max_iters) is int
 
 
-def test_a_config_imports_its_sibling(tmp_path):
-    """In a folder outside the repository; another folder's sibling of that name is another."""
-    before = set(sys.modules)
-    for name, layers in (("a", 3), ("b", 5)):
-        (tmp_path / name).mkdir()
-        base = f"n_layer = {layers}\nmax_iters = 500\n"
-        (tmp_path / name / "my_base.py").write_text(base, "utf-8")
-        (tmp_path / name / "mine.py").write_text("from my_base import *\nn_embd = 96\n", "utf-8")
-    files = [str(tmp_path / name / "mine.py") for name in "ab"]
-    assert [load_config([file]).model.n_layer for file in files] == [3, 5]
-    assert "my_base" not in set(sys.modules) - before and str(tmp_path / "a") not in sys.path
+def test_a_config_imports_its_neighbour(tmp_path):
+    """In a folder outside the repository."""
+    (tmp_path / "my_base.py").write_text("n_layer = 3\nmax_iters = 500\n", "utf-8")
+    (tmp_path / "mine.py").write_text("from my_base import *\nn_embd = 96\n", "utf-8")
+    model = load_config([str(tmp_path / "mine.py")]).model
+    assert (model.n_layer, model.n_embd) == (3, 96) and str(tmp_path) not in sys.path
 
 
 def test_home_folder(tmp_path, monkeypatch):
@@ -116,20 +97,12 @@ def test_home_folder(tmp_path, monkeypatch):
     assert not (ROOT / "~").exists()
 
 
-def test_the_model_s_keys_are_in_one_place():
-    config = load_config(["--n_layer=3", *SHORT])
-    assert config.model == GPTConfig(n_layer=3)
-    assert not {f.name for f in dataclasses.fields(GPTConfig)} & vars(config).keys()
-    keys = to_dict(config)
-    assert keys.keys() == FIELDS.keys() and (keys["n_layer"], keys["max_iters"]) == (3, 500)
-
-
 def test_config_json_given_back_as_keys_is_the_same_configuration():
     config = load_config([UNIFIED_CONFIG, "--n_layer=1", "--n_embd=24", "--n_head=2",
                           "--sample_prompt=a = 1", "--init_std=0"])
     stored = json.loads(json.dumps(to_dict(config)))
     again = load_config([f"--{key}={value}" for key, value in stored.items()])
-    assert to_dict(again) == to_dict(config) and config.max_iters > 0
+    assert to_dict(again) == to_dict(config) and to_dict(config).keys() == FIELDS.keys()
     assert config.model.d_ff == 64 and config.model.init_std == 24 ** -0.5
 
 
@@ -147,11 +120,8 @@ def test_where_the_schedule_ends():
 
 def test_length_from_tokens_per_param():
     config = load_config(["--n_layer=2", "--n_embd=64", "--n_head=2"])
-    budget = 100 * meta_model(config).num_params()  # the paper's
-    assert config.token_budget == budget
-    tokens = tokens_per_step(config)
+    budget, tokens = 100 * meta_model(config).num_params(), tokens_per_step(config)  # the paper's
     assert (config.max_iters - 1) * tokens < budget <= config.max_iters * tokens
-    assert load_config(SHORT).token_budget == 0
 
 
 def test_share_batch():
@@ -167,18 +137,14 @@ CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py
 
 
 @pytest.mark.parametrize("path", CONFIGS)
-def test_every_config_loads_and_its_model_can_be_built(path):
-    config = load_config([str(ROOT / path)])
-    assert meta_model(config).num_params() > 0 and config.max_iters > 0
-
-
-@pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_trains_a_step_at_a_reduced_shape(path):
     """The file's own variant, optimizer, decay and schedule, on a model of one narrow layer: every
-    parameter moves."""
+    parameter moves. As it stands, it asks for some steps of a model that can be built."""
+    whole = load_config([str(ROOT / path)])
+    assert whole.max_iters > 0 and meta_model(whole)
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=16",
              "--vocab_size=61", "--max_iters=2000"]
-    if load_config([str(ROOT / path)]).model.n_expert:
+    if whole.model.n_expert:
         small += ["--d_expert=21", "--d_shared_expert=40"]
     config = load_config([str(ROOT / path), *small])
     torch.manual_seed(0)

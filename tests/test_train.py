@@ -75,21 +75,18 @@ def test_the_first_progress_line_promises_nothing(undisturbed):
     assert "tokens/s" in second and second.endswith(" left")
 
 
-@pytest.mark.parametrize("kind", [[], MIXTURE], ids=["dense", "mixture"])
-def test_scale_and_matrix_events(undisturbed, dataset, tmp_path, kind):
+def test_scale_and_matrix_events(dataset, tmp_path):
     """Every scale vector and every matrix, at each evaluation: γ = 1 at the start, and at the end
     the statistics of what the checkpoint holds."""
-    out = undisturbed[0]
-    if kind:
-        trained(UNIFIED_CONFIG, *start(tmp_path, dataset, *kind, "--eval_interval=12"))
-        out = tmp_path
-    model = GPT(load_config([UNIFIED_CONFIG, *start(out, dataset, *kind)]).model)
-    model.load_state_dict(newest_checkpoint(out)[1]["model"])
+    args = [UNIFIED_CONFIG, *start(tmp_path, dataset, *MIXTURE, "--eval_interval=12")]
+    trained(*args)
+    model = GPT(load_config(args).model)
+    model.load_state_dict(newest_checkpoint(tmp_path)[1]["model"])
     scales = dict(named_scale_vectors(model))
     vectors = {p for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
     matrices = {name: p for name, p in model.named_parameters() if p not in vectors}
-    steps = [r["step"] for r in read_log(out, "eval")]
-    by_scale, by_matrix = read_log(out, "scale"), read_log(out, "matrix")
+    steps = [r["step"] for r in read_log(tmp_path, "eval")]
+    by_scale, by_matrix = read_log(tmp_path, "scale"), read_log(tmp_path, "matrix")
     assert [(r["step"], r["name"]) for r in by_scale] == [(s, n) for s in steps for n in scales]
     assert [(r["step"], r["name"]) for r in by_matrix] == [(s, n) for s in steps for n in matrices]
     for r in by_scale[:len(scales)]:
@@ -103,40 +100,28 @@ def test_scale_and_matrix_events(undisturbed, dataset, tmp_path, kind):
         assert r["norm"] == pytest.approx(matrices[r["name"]].detach().norm().item(), rel=1e-5)
 
 
-def test_router_events(dataset, tmp_path):
-    """The first step's, against the model's own forward passes over the two micro-batches."""
+def test_the_first_step_is_the_models(dataset, tmp_path):
+    """The first step's loss and routers, and the first validation loss, against the model's own
+    forward passes: over two micro-batches, and over the validation windows."""
     args = start(tmp_path, dataset, *MIXTURE, "--n_dense_layer=1", "--max_iters=5",
                  "--log_interval=2")
     trained(*args)
     events, config = read_log(tmp_path, "router"), load_config(args)
     assert [(r["step"], r["layer"]) for r in events] == [(0, 1), (2, 1), (4, 1)]
     torch.manual_seed(config.seed)
-    model, split, stats = GPT(config.model), Dataset(dataset, 32).train, 0
+    model, opened, loss, stats = GPT(config.model), Dataset(dataset, 32), 0, 0
     for half in range(2):
-        windows = window_numbers(4 * half, 4, len(split), config.seed)
-        model(*map(torch.tensor, split[windows]))
+        windows = window_numbers(4 * half, 4, len(opened.train), config.seed)
+        loss += model(*map(torch.tensor, opened.train[windows]))[1].item() / 2
         stats = stats + model.router_stats[0] / 2
     first = events[0]
     found = [first["balance_loss"], first["z_loss"], *first["load"]]
     assert found == pytest.approx(stats.tolist(), rel=1e-5)
     assert first["load_max"] == max(first["load"]) and first["load_min"] == min(first["load"])
-    assert sum(first["load"]) == pytest.approx(1)
-
-
-def test_the_first_losses_are_the_models(undisturbed, dataset):
-    """Step 0's loss and the first and last validation losses, computed without the loop."""
-    out, _ = undisturbed
-    config = load_config([UNIFIED_CONFIG, *start(out, dataset)])
-    torch.manual_seed(config.seed)
-    model, opened = GPT(config.model), Dataset(dataset, 32, 257)
-    windows = window_numbers(0, 8, len(opened.train), config.seed)
-    x, y = map(torch.tensor, opened.train[windows])
-    assert losses(out)[0] == pytest.approx(model(x, y)[1].item(), abs=1e-6)
+    assert losses(tmp_path)[0] == pytest.approx(loss, abs=1e-6)
     x, y = map(torch.tensor, opened.val[[i * len(opened.val) // 16 for i in range(16)]])
-    evals = read_log(out, "eval")
-    assert evals[0]["val_loss"] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
-    model.load_state_dict(newest_checkpoint(out)[1]["model"])
-    assert evals[-1]["val_loss"] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
+    val_loss = read_log(tmp_path, "eval")[0]["val_loss"]
+    assert val_loss == pytest.approx(model.eval()(x, y)[1].item(), abs=1e-5)
 
 
 def test_builtin_dataset_is_made_when_missing(tmp_path, monkeypatch):
@@ -144,12 +129,6 @@ def test_builtin_dataset_is_made_when_missing(tmp_path, monkeypatch):
     printed = trained(*SMALL, "--max_iters=3", "--eval_windows=8", "--out_dir=out")
     assert "preparing data/stdlib" in printed
     Dataset(tmp_path / "data" / "stdlib", 32, verify=True)
-
-
-def test_a_run_shorter_than_its_warmup(dataset, tmp_path):
-    printed = trained(*start(tmp_path, dataset, "--max_iters=5", "--warmup_iters=100"))
-    assert "warmup_iters=100 is more than max_iters=5: the run warms up for 1\n" in printed
-    assert read_log(tmp_path, "train")[0]["lr"] == 1e-2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -199,12 +178,12 @@ def test_no_update_from_a_gradient_that_is_not_finite(dataset, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("eval_windows", [8, 16, 8000])
+@pytest.mark.parametrize("eval_windows", [16, 8000])
 def test_validation_reads_the_same_windows_whatever_the_batch(dataset, tmp_path, eval_windows):
     """Against one forward pass over all windows. 5 does not divide their number, and the
     micro-batch stays whole all the same."""
     found, split = [], Dataset(dataset, 32).val
-    for batch in (1, 5, 8):
+    for batch in (5, 8):
         config = load_config(start(tmp_path, dataset, f"--batch_size={batch}", *MIXTURE,
                                    f"--eval_windows={eval_windows}", "--load_balance_coef=100"))
         torch.manual_seed(0)
@@ -217,7 +196,7 @@ def test_validation_reads_the_same_windows_whatever_the_batch(dataset, tmp_path,
     count = min(len(split), eval_windows)
     assert (count < eval_windows) == (eval_windows == 8000)
     x, y = map(torch.tensor, split[[i * len(split) // count for i in range(count)]])
-    assert found == pytest.approx([model.eval()(x, y)[1].item()] * 3, rel=1e-5)
+    assert found == pytest.approx([model.eval()(x, y)[1].item()] * 2, rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -227,12 +206,6 @@ def same_losses(a, b, tolerance=1e-5):
     assert losses(a) == pytest.approx(losses(b), abs=tolerance)
     found, expected = ([r["val_loss"] for r in read_log(out, "eval")] for out in (a, b))
     assert found == pytest.approx(expected, abs=tolerance)
-
-
-def test_the_batch_is_cut_differently(undisturbed, dataset, tmp_path):
-    trained(UNIFIED_CONFIG, *start(tmp_path, dataset, "--batch_size=2",
-                                   "--gradient_accumulation_steps=4"))
-    same_losses(tmp_path, undisturbed[0])
 
 
 def write_bad_dataset(folder):
@@ -251,7 +224,6 @@ def two(undisturbed, dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     bad = write_bad_dataset(folder / "shards")
     keys = {
-        "plain": [],
         "small": ["--batch_size=2", "--gradient_accumulation_steps=4"],
         "mixture": [*MIXTURE, "--optimizer=muon", "--load_balance_coef=0"],
         "idle": ["--max_iters=3"],
@@ -266,12 +238,12 @@ def two(undisturbed, dataset, tmp_path_factory):
     return folder, [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["plain", "small"])
-def test_one_process_equals_two_however_the_batch_is_cut(undisturbed, two, name):
+def test_one_process_equals_two_however_the_batch_is_cut(undisturbed, two):
+    """The undisturbed run's micro-batches of 4 on one process, and of 2 on two."""
     folder, outcomes = two
-    assert [o[name][0] for o in outcomes] == [0, 0]
-    assert outcomes[1][name][1:] == ["", ""]  # only the main process prints
-    same_losses(folder / name, undisturbed[0])
+    assert [o["small"][0] for o in outcomes] == [0, 0]
+    assert outcomes[1]["small"][1:] == ["", ""]  # only the main process prints
+    same_losses(folder / "small", undisturbed[0])
 
 
 def test_a_mixture_on_two_processes(two, dataset, tmp_path):
@@ -282,12 +254,9 @@ def test_a_mixture_on_two_processes(two, dataset, tmp_path):
     assert a == pytest.approx(b, abs=1e-6)
 
 
-def test_gradients_are_averaged_once_a_step_in_their_buckets(two):
-    """Once for each step of three micro-steps. No gradient leaves its bucket, except in the first
-    two steps, when DDP orders its buckets; and each is zero afterwards."""
-    for outcome in two[1]:
-        seen = outcome["averaged"]
-        assert seen["averaged"] == [1] * 4 and seen["moved"][2:] == [0, 0] and seen["left"] == 0
+def test_gradients_are_averaged_once_a_step(two):
+    """Not once for each of its three micro-steps."""
+    assert [outcome["averaged"] for outcome in two[1]] == [[1] * 4] * 2
 
 
 def test_a_parameter_without_a_gradient_is_named(two, dataset, tmp_path, monkeypatch):
@@ -300,8 +269,8 @@ def test_a_parameter_without_a_gradient_is_named(two, dataset, tmp_path, monkeyp
     monkeypatch.setattr(program, "GPT", WithIdle)
     args = [UNIFIED_CONFIG, *start(tmp_path, dataset), "--resume"]
     for printed in (two[1][0]["idle"][1], trained(*args, "--max_iters=3"), trained(*args)):
-        assert printed.count("layers.0.idle got no gradient in the first step") == 1
-        assert printed.count("got no gradient") == 1
+        assert printed.count("layers.0.idle gets no gradient") == 1
+        assert printed.count("gets no gradient") == 1
     assert losses(two[0] / "idle") == pytest.approx(losses(tmp_path)[:3], abs=1e-3)
     state = newest_checkpoint(tmp_path)[1]
     assert state["model"].keys() - state["optimizer"].keys() == {"layers.0.idle"}
@@ -318,10 +287,11 @@ def test_an_error_of_all_processes_is_printed_once(two, name, message):
 
 
 def test_an_error_of_one_process_has_its_number(two):
-    """Process 1 reads a bad token; process 0 only loses contact, says nothing, and saves."""
+    """Process 1 reads a bad token; process 0 loses contact, and saves."""
     folder, outcomes = two
     (status_0, _, errors_0), (status_1, _, errors_1) = (o["bad"] for o in outcomes)
-    assert (status_0, errors_0, status_1) == (1, "", 1)
+    assert (status_0, status_1) == (1, 1)
+    assert errors_0.startswith("error: process 0: another process has ended, or has been silent")
     assert errors_1.startswith("error: process 1: ") and errors_1.count("\n") == 1
     assert "token id 60000 is beyond vocab_size=40000" in errors_1
     assert newest_checkpoint(folder / "bad")[1]["step"] == len(losses(folder / "bad")) == 2
@@ -329,19 +299,16 @@ def test_an_error_of_one_process_has_its_number(two):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("processes", [0, 2])
-def test_compiled_training(undisturbed, dataset, tmp_path, processes):
+def test_compiled_training_on_two_processes(undisturbed, dataset, tmp_path):
     run_program("train.py", UNIFIED_CONFIG, *start(tmp_path, dataset, "--compile=True"),
-                processes=processes)
+                processes=2)
     same_losses(tmp_path, undisturbed[0], tolerance=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.05)])
 def test_cuda_trains_as_the_cpu_does(undisturbed, dataset, tmp_path, dtype, tolerance):
-    done = run_program("train.py", UNIFIED_CONFIG, *start(tmp_path, dataset, "--device=cuda",
-                                                          f"--dtype={dtype}"))
-    assert "attention: " in done.stdout
+    trained(UNIFIED_CONFIG, *start(tmp_path, dataset, "--device=cuda", f"--dtype={dtype}"))
     same_losses(tmp_path, undisturbed[0], tolerance)
 
 
