@@ -3,6 +3,7 @@ Proves that prepare_data.py loses and adds nothing: documents decode to their te
 split stays put, and the output depends neither on the number of threads nor on kills. Bad input
 leaves nothing that looks finished. Nothing is replaced or removed that was not written here.
 """
+import copy
 import errno
 import gzip
 import hashlib
@@ -127,14 +128,17 @@ def test_gpt2(texts, tmp_path, needs_gpt2):
 
 
 def test_ids_beyond_65535_have_four_bytes(tmp_path):
-    """No encoding of so many ids comes without a download, so this is the writer only."""
+    """No encoding of so many ids comes without a download, so this is the writer only. What was
+    written after the state that a resume finds is lost again."""
     record = {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
     tokens = np.arange(65_000, 67_000, dtype=np.uint32)
     writer = ShardWriter(tmp_path, "train", np.uint32, 900, record)
     writer.write(tokens, 1, 1)
-    writer.finish()
+    kept = copy.deepcopy(record)
+    writer.write(tokens[:99], 1, 1)
+    ShardWriter(tmp_path, "train", np.uint32, 900, kept).finish()
     shards = [Shard(tmp_path / f"train_00000{number}.bin") for number in range(3)]
-    assert [shard["tokens"] for shard in record["shards"]] == [900, 900, 200]
+    assert [shard["tokens"] for shard in kept["shards"]] == [900, 900, 200]
     assert np.array_equal(np.concatenate([shard.read(0, len(shard)) for shard in shards]), tokens)
 
 
