@@ -2,26 +2,23 @@
 Proves that what torch.compile makes of a model is the same function in value and gradient, and
 counts it: one graph for all blocks, and no second one for a second batch, micro-step or layer.
 """
-import json
-
 import pytest
 import torch
-from conftest import COMPILER, MIXTURE, UNIFIED, randomize_scales, run, tiny_batch, tiny_gpt
+import torch.distributed as dist
+from conftest import COMPILER, MIXTURE, UNIFIED, randomize_scales, tiny_batch, tiny_gpt
 from torch._dynamo.utils import counters
 
-from lib.process import compile_model
+from lib.process import Process, compile_model
 from model import GPT
 from sample import generate
 
-# the graphs that Inductor would get, run by PyTorch's own kernels
-PARTS = dict(backend="aot_eager", options=None)
 
-
-def micro_steps(model, batches=2):
-    """{name: gradient} after micro-steps with different batches, added up as in training."""
-    model.zero_grad()
+def micro_steps(model, runner=None, batches=2):
+    """{name: gradient} after micro-steps with different batches, added up as in training. runner:
+    the model, or what is around it."""
+    model.zero_grad(set_to_none=False)  # under DDP they are views of its buckets
     for seed in range(batches):
-        loss = model(*(t.to(model.cos.device) for t in tiny_batch(seed)))[1]
+        loss = (runner or model)(*tiny_batch(seed).to(model.cos.device))[1]
         (loss + model.auxiliary_loss()).backward()
     return {name: p.grad.cpu().clone() for name, p in model.named_parameters()}
 
@@ -50,52 +47,48 @@ def counted():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+@pytest.fixture
+def parallel(tmp_path):
+    """Process.parallel, as in one process of several."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    process = Process()
+    process.world_size, process.device = 2, torch.device("cpu")
+    yield process.parallel
+    dist.destroy_process_group()
+
+
 # One block for all dense layers, one with experts, the head's product, the loss. Experts in float32
 # are a loop that stays eager: of their block only the attention is compiled.
-@pytest.mark.parametrize("keys, dtype, parts", [
-    (MIXTURE, torch.bfloat16, 3),  # what CUDA runs
-    pytest.param(MIXTURE, torch.float32, 3, marks=pytest.mark.slow),
-    pytest.param({}, torch.float32, 2, marks=pytest.mark.slow),
-    pytest.param({"recompute": True}, torch.float32, 2, marks=pytest.mark.slow),
-], ids=["mixture", "looped mixture", "dense", "recompute"])
-def test_graphs_and_recompiles(keys, dtype, parts):
-    """Training with accumulation, evaluation, training again and sampling compile each part once
-    with gradients and once without, whatever the layer and the routing, without a break."""
-    def four_layers():
-        depth = {"n_layer": 4, "n_dense_layer": 2 if "n_expert" in keys else 0}
-        model = randomize_scales(tiny_gpt(**{**UNIFIED, **keys, **depth}))
-        model.compute_dtype = dtype
-        return model
-
-    model = compiled(four_layers(), **PARTS)
-    found = micro_steps(model)
+@pytest.mark.parametrize("keys, dtype, ddp, parts", [
+    (MIXTURE, torch.bfloat16, False, 3),  # what CUDA runs
+    pytest.param(MIXTURE, torch.bfloat16, True, 3, marks=pytest.mark.slow),
+    pytest.param(MIXTURE, torch.float32, False, 3, marks=pytest.mark.slow),
+    pytest.param({}, torch.float32, True, 2, marks=pytest.mark.slow),
+    pytest.param({"recompute": True}, torch.float32, False, 2, marks=pytest.mark.slow),
+], ids=["mixture", "parallel mixture", "looped mixture", "parallel dense", "recompute"])
+def test_graphs_and_recompiles(keys, dtype, ddp, parts, parallel):
+    """Training with accumulation, also within DistributedDataParallel, evaluation, training again
+    and sampling compile each part once with gradients and once without, whatever the layer and the
+    routing, without a break."""
+    depth = {"n_layer": 4, "n_dense_layer": 2 if "n_expert" in keys else 0}
+    model = randomize_scales(tiny_gpt(**{**UNIFIED, **keys, **depth}))
+    model.compute_dtype = dtype
+    expected = micro_steps(model)
+    runner = parallel(model) if ddp else model
+    compiled(model, backend="eager", options=None)
+    found = micro_steps(model, runner)
     assert counted() == (parts, 0)
     for seed in range(2):
         with torch.no_grad():
             model.eval()(*tiny_batch(seed))
         model.train()
     assert counted() == (2 * parts, 0)
-    micro_steps(model, batches=3)
+    micro_steps(model, runner, batches=3)
     list(generate(model.eval(), tiny_batch(length=5)[0], 3))
     assert counted() == (2 * parts, 0)
 
-    plain = four_layers()
-    assert model.state_dict().keys() == plain.state_dict().keys()
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    check_gradients(found, micro_steps(plain), tolerance, tolerance)
-
-
-@pytest.mark.slow
-def test_graphs_in_two_processes(tmp_path):
-    """DistributedDataParallel, whose gradients meet in the last of two micro-steps, makes no other
-    graphs, and the weights stay equal."""
-    run("tests/two_graphs.py", tmp_path, processes=2, env={"PYTHONPATH": ".:tests"})
-    found = [json.loads((tmp_path / f"{rank}.json").read_text("utf-8")) for rank in range(2)]
-    for name, parts in (("dense", 2), ("mixture", 3)):
-        for process in found:
-            assert process[name]["after_training"] == [parts, 0], found
-            assert process[name]["after_evaluation"] == [2 * parts, 0], found
-        assert found[0][name]["weights"] == found[1][name]["weights"]
+    check_gradients(found, expected, tolerance, tolerance)
 
 
 @pytest.mark.slow
