@@ -35,28 +35,15 @@ from study.plan import ROOT, config_of
 NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints",
                 "log_interval", "sample_tokens", "sample_prompt", "wandb_project", "dist_timeout",
                 "tokens_per_param"}
-RENAMED = {"eval_iters": ("eval_windows", 8)}  # a former key: its name now, and now / then
+DEFAULTS = {key: f.default for key, f in FIELDS.items() if key not in NOT_SETTINGS}
 CODE = ("norms.py", "model.py", "optim.py")
 NUMBERS = ("steps", "tokens", "params", "scale_params", "seconds")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 
-def in_todays_keys(values):
-    """{key: value} with each former key under its present name. Keys that are gone do no harm."""
-    now = dict(values)
-    for key, (name, factor) in RENAMED.items():
-        if key in now:
-            now[name] = factor * now.pop(key)
-    return now
-
-
-DEFAULTS = in_todays_keys({key: f.default for key, f in FIELDS.items() if key not in NOT_SETTINGS})
-
-
 def settings_of(values):
     """{key: value} of what decides what a run finds: every key whose value is not the default. So a
     key that was added later, or that is gone, changes nothing for a run without it."""
-    values = in_todays_keys(values)
     return {key: values[key] for key in sorted(DEFAULTS)
             if key in values and values[key] != DEFAULTS[key]}
 

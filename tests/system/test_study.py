@@ -232,9 +232,9 @@ def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **st
 
 def test_a_run_is_known_by_its_settings(tmp_path):
     """Not by its folder's name, nor by keys that have gone, and of two copies the finished one
-    counts. eval_iters, a former key, were 8 windows each."""
-    arguments, keys = [CONFIG, "--seed=3", "--learning_rate=2e-3"], {"seed": 3,
-                                                                    "learning_rate": 0.002}
+    counts."""
+    arguments = [CONFIG, "--seed=3", "--learning_rate=2e-3"]
+    keys = {"seed": 3, "learning_rate": 0.002}
     write_run(tmp_path / "old name", arguments, a_past_key=1)
     write_run(tmp_path / "part", arguments, finished=False)
     folders = RunFolders(tmp_path)
@@ -244,7 +244,6 @@ def test_a_run_is_known_by_its_settings(tmp_path):
     assert same.folder == found.folder
     other = folders.find("x", CONFIG, {**keys, "n_kv_head": 2})
     assert other.state == "missing" and other.folder != found.folder
-    assert settings_of({"eval_iters": 80}) == settings_of({"eval_windows": 640}) != settings_of({})
 
 
 def test_only_todays_code_counts_for_a_row_of_yours(tmp_path, monkeypatch):
@@ -380,13 +379,13 @@ def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     (tmp_path / "wild.py").write_text(SMOKE.read_text(encoding="utf-8") + WILD, encoding="utf-8")
     command = ["wild.py", *places(tmp_path), "--jobs=2"]
     assert interrupted(command, "runs/unified*/config.json") == 130
-    assert "the same command resumes them" in capsys.readouterr().err
-    assert not list(tmp_path.glob("results/*"))
+    said, errors = capsys.readouterr()
+    assert "the same command resumes them" in errors and not list(tmp_path.glob("results/*"))
     done, = tmp_path.glob("runs/baseline*")
     before = snapshot(done)
 
     assert main(command) == 0 and snapshot(done) == before
-    said = capsys.readouterr().out
+    said += capsys.readouterr().out  # the wild run may have ended before Ctrl-C
     assert "resumes  unified" in said and "diverged: 10 steps in a row" in said
     results = read_results(tmp_path, "wild_cpu")
     assert results["missing"] == 0 and results["devices"]
