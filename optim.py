@@ -5,6 +5,7 @@ Who is decayed, who steps, and how fast: parameter groups, optimizers and learni
   Muon               orthogonalized momentum, all matrices of one shape at once
   make_optimizer     AdamW, or Muon for the hidden matrices with AdamW for the rest
   optimizer_state    what a checkpoint keeps, by parameter name
+  update_norms       how far AdamW's last step went
   learning_rate      the schedule, cosine or wsd, as a pure function of the step
 """
 import math
@@ -155,6 +156,22 @@ def optimizer_state(optimizer):
     and the like are not in it: they are the configuration's, also after a resume."""
     return {name: dict(part.state[p]) for part in parts_of(optimizer) for group in part.param_groups
             for name, p in zip(group["param_names"], group["params"]) if p in part.state}
+
+
+@torch.no_grad()
+def update_norms(optimizer):
+    """{parameter name: ‖η m̂ / (√v̂ + ε)‖}, the norm of AdamW's last step without its decay, by the
+    moments m and v, for every parameter that AdamW has moved."""
+    norms = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"]):
+            state = next((part.state[p] for part in parts_of(optimizer) if p in part.state), {})
+            if "exp_avg_sq" in state:
+                (beta1, beta2), steps = group["betas"], state["step"].item()
+                m = state["exp_avg"] / (1 - beta1 ** steps)
+                v = state["exp_avg_sq"] / (1 - beta2 ** steps)
+                norms[name] = group["lr"] * (m / (v.sqrt() + group["eps"])).norm().item()
+    return norms
 
 
 def load_optimizer_state(optimizer, state):

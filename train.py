@@ -78,7 +78,9 @@ def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, s
     # the step's one wait for the device
     loss, grad_norm, stop, *routers = (n / process.world_size for n in process.sum(numbers))
     if math.isfinite(loss) and math.isfinite(grad_norm):
+        optimizer.is_updating = True  # should it fail now, the weights are those of no step
         optimizer.step()
+        optimizer.is_updating = False
     optimizer.zero_grad(set_to_none=process.world_size == 1)  # under DDP they stay bucket views
     return loss, grad_norm, stop > 0, routers
 
@@ -135,9 +137,11 @@ def resume(run, path):
 
 
 def save(run):
-    """Write a checkpoint, unless this step has one or the last steps were not finite. Returns
-    whether it has one now. Raises FloatingPointError if a weight or a moment is not finite."""
-    if run.step == run.saved or run.log.bad_steps:
+    """Write a checkpoint, unless this step has one, the last steps were not finite, or an update
+    failed halfway. Returns whether it has one now. Raises FloatingPointError if a weight or a
+    moment is not finite."""
+    halfway = getattr(run.optimizer, "is_updating", False)
+    if run.step == run.saved or run.log.bad_steps or halfway:
         return run.step == run.saved
     run.saved = run.step  # also if it fails: it is not tried again
     moments = optim.optimizer_state(run.optimizer)

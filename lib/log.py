@@ -20,8 +20,9 @@ from lib.checkpoint import changed_keys, checkpoints, newest_checkpoint, save_ch
 from lib.config import to_dict, tokens_per_step
 from lib.disk import cannot_write, write_whole
 from lib.lock import hold_lock
-from lib.process import say
+from lib.process import attention_backend, say, to_device
 from norms import named_scale_vectors
+from optim import update_norms
 
 AGAIN = "continue with --resume; the checkpoints are intact"
 
@@ -156,11 +157,13 @@ class RunLog:
         tokens = run.sequences * self.config.model.block_size
         per_byte = run.dataset.val_bytes_per_token
         val_bpb = val_loss / math.log(2) / per_byte if per_byte else None
-        self.write("eval", step=run.step, tokens=tokens, val_loss=val_loss, val_bpb=val_bpb)
+        if self.process.is_main:
+            self.write("eval", step=run.step, tokens=tokens, val_loss=val_loss, val_bpb=val_bpb,
+                       logit_scale=logit_scale(run))
         self.say(f"step {run.step:>6}  val_loss {val_loss:.4f} nats/token"
                  + (f", {val_bpb:.4f} bits/byte" if val_bpb else ""))
         if self.process.is_main:
-            for event, values in weight_events(run.model):
+            for event, values in weight_events(run.model, update_norms(run.optimizer)):
                 self.write(event, step=run.step, **values)
         return val_bpb
 
@@ -175,19 +178,32 @@ class RunLog:
 
 
 @torch.no_grad()
-def weight_events(model):
-    """("scale", mean, deviation, extremes and β) of each scale vector, ("matrix", Frobenius norm)
-    of each matrix, a stack of experts as one."""
+def weight_events(model, updates):
+    """("scale": γ's mean, deviation and extremes, α's root mean square, β) of each scale vector;
+    ("matrix": Frobenius norm, and the last update's share of it) of each matrix, a stack of experts
+    as one. updates: optim.update_norms."""
     scales = named_scale_vectors(model)
     for name, scale in scales:
         gamma, beta = scale(), scale.beta
-        numbers = torch.stack((gamma.mean(), gamma.std(unbiased=False), gamma.min(), gamma.max()))
-        yield "scale", {"name": name, **dict(zip(("mean", "std", "min", "max"), numbers.tolist())),
+        numbers = {"mean": gamma.mean(), "std": gamma.std(unbiased=False), "min": gamma.min(),
+                   "max": gamma.max(), "alpha": scale.alpha.square().mean().sqrt()}
+        yield "scale", {"name": name, **{key: value.item() for key, value in numbers.items()},
                         "beta": beta.mean().item() if torch.is_tensor(beta) else None}
     vectors = {p for _, scale in scales for p in scale.parameters()}
     for name, p in model.named_parameters():
         if p not in vectors:
-            yield "matrix", {"name": name, "norm": p.norm().item()}
+            norm = p.norm().item()
+            update = updates[name] / norm if name in updates and norm else None
+            yield "matrix", {"name": name, "norm": norm, "update": update}
+
+
+@torch.no_grad()
+def logit_scale(run):
+    """The logits' standard deviation over the vocabulary: its mean over the first positions, at
+    most 256, of the validation split."""
+    x, _ = to_device(run.dataset.val[[0]], run.process.device)
+    with torch.compiler.set_stance("force_eager"):  # this shape would compile anew
+        return run.model(x[:, :256])[0].float().std(-1).mean().item()
 
 
 def describe(run):
@@ -205,6 +221,8 @@ def describe(run):
     say(f"{process.world_size} x {process.device.type}, {str(process.dtype)[6:]}, {compiled}, "
         f"{run.batches.micro_steps} x {run.batches.micro_batch} sequences of "
         f"{config.model.block_size} in each process")
+    if process.device.type == "cuda":
+        say(f"attention: {attention_backend(config.model, process.device, process.dtype)}")
     for name in run.idle:
         say(f"{name} gets no gradient: the loss does not depend on it, so only decay can move it")
 

@@ -19,6 +19,7 @@ from optim import (
     optimizer_state,
     param_groups,
     set_learning_rate,
+    update_norms,
 )
 
 
@@ -27,6 +28,22 @@ def train_steps(model, optimizer, steps):
         optimizer.zero_grad()
         model(*tiny_batch())[1].backward()
         optimizer.step()
+
+
+def test_update_norms():
+    """How far AdamW's third step went, by its moments; Muon's matrices have none."""
+    model = tiny_gpt(torch.float64)
+    optimizer = make_optimizer(param_groups(model, weight_decay=0.0))
+    train_steps(model, optimizer, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_steps(model, optimizer, 1)
+    moved = {name: (p - before[name]).norm().item() for name, p in model.named_parameters()}
+    assert update_norms(optimizer) == pytest.approx(moved, rel=1e-9)
+
+    optimizer = make_optimizer(param_groups(model, weight_decay=0.0), "muon")
+    train_steps(model, optimizer, 1)
+    assert update_norms(optimizer).keys() == {
+        name for name in before if name in ("embedding.weight", "head.weight") or "scale" in name}
 
 
 # ---- groups --------------------------------------------------------------------------------------

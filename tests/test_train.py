@@ -31,7 +31,7 @@ from lib.config import load_config, meta_model, to_dict
 from lib.data import Dataset, window_numbers
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
-from optim import learning_rate
+from optim import learning_rate, make_optimizer, param_groups
 from train import EXIT_STOPPED, evaluate, training_step
 
 MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
@@ -96,6 +96,8 @@ def test_scale_and_matrix_events(dataset, tmp_path):
         assert (r["min"], r["max"]) == (gamma.min().item(), gamma.max().item())
         assert r["mean"] == pytest.approx(gamma.mean().item())
         assert r["std"] == pytest.approx(gamma.std(unbiased=False).item(), rel=1e-4)
+        alpha = scales[r["name"]].alpha
+        assert r["alpha"] == pytest.approx(alpha.norm().item() / alpha.numel() ** 0.5)
     for r in by_matrix[-len(matrices):]:
         assert r["norm"] == pytest.approx(matrices[r["name"]].detach().norm().item(), rel=1e-5)
 
@@ -176,6 +178,22 @@ def test_no_update_from_a_gradient_that_is_not_finite(dataset, tmp_path):
     loss, norm, _, _ = training_step(model, model, sgd, batches, 0.1, 1.0, ONE_PROCESS, stop=False)
     assert np.isfinite(loss) and not np.isfinite(norm)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_half_an_update_is_not_saved(dataset, tmp_path):
+    """The optimizer fails after it has moved some weights: the last one's moment is too small."""
+    config = load_config(start(tmp_path, dataset))
+    model = GPT(config.model)
+    optimizer = make_optimizer(param_groups(model, 0.1))
+    batches = program.Batches(Dataset(dataset, 32).train, config, ONE_PROCESS, sequences=0)
+    run = SimpleNamespace(optimizer=optimizer, step=1, saved=0, log=SimpleNamespace(bad_steps=0))
+    step = (model, model, optimizer, batches, 0.1, 1.0, ONE_PROCESS, False)
+    training_step(*step)
+    last = optimizer.param_groups[-1]["params"][-1]
+    optimizer.state[last]["exp_avg"] = torch.zeros(7, 7)
+    with pytest.raises(RuntimeError):
+        training_step(*step)
+    assert not program.save(run)
 
 
 @pytest.mark.parametrize("eval_windows", [16, 8000])
@@ -342,7 +360,8 @@ def test_a_stopped_run_resumes_bit_for_bit(dataset, tmp_path, monkeypatch, numbe
 
 def test_a_fork_with_random_numbers_resumes_exactly(dataset, tmp_path, monkeypatch):
     """The model draws none while it trains. With dropout put into it, a step draws the same
-    numbers whether the run was interrupted before it or not."""
+    numbers whether the run was interrupted before it or not, and so does a block that is run again
+    in the backward pass."""
     import model
     forward = model.MLP.forward
     monkeypatch.setattr(model.MLP, "forward", lambda self, *a: torch.nn.functional.dropout(
@@ -351,4 +370,6 @@ def test_a_fork_with_random_numbers_resumes_exactly(dataset, tmp_path, monkeypat
     for name, stops in (("straight", [8]), ("stopped", [3, 8])):
         for steps in stops:
             trained(*start(tmp_path / name, dataset, *constant, f"--max_iters={steps}"))
+    trained(*start(tmp_path / "again", dataset, *constant, "--max_iters=8", "--recompute=True"))
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+    assert losses(tmp_path / "straight") == losses(tmp_path / "again")
