@@ -180,7 +180,7 @@ class Preparation:
                              f"begun with, or move it away, or choose another --out") from None
         if is_new:
             self.save()
-        else:
+        elif self.tokens():
             print(f"resuming {partial} after {self.tokens():,} tokens", flush=True)
 
     def identity(self, position):

@@ -173,8 +173,8 @@ class HubInput(FileInput):
         try:
             import datasets
             yield from datasets.load_dataset(self.name, **self.wanted, streaming=True)
-        except ImportError:
-            raise OSError("--hf needs the package datasets: pip install datasets") from None
+        except ImportError as error:
+            raise OSError(f"--hf {self.name}: {error}: pip install {error.name}") from None
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise OSError(f"--hf {self.name}: {reason}") from None

@@ -109,18 +109,6 @@ def test_an_epoch_has_every_window_once_and_the_next_another_order(n):
             assert (epochs[0] == other).mean() < 0.05
 
 
-def test_permute_looks_random():
-    """Neighbours are scattered: correlations are of order 1/sqrt(n), and every tenth of the range
-    is hit evenly from any tenth."""
-    n = 100_000
-    image = permute(np.arange(n), n, [3, 0]).astype(float)
-    for lag in (1, 2, 16, 256):
-        assert abs(np.corrcoef(image[:-lag], image[lag:])[0, 1]) < 5 / np.sqrt(n)
-    counts = np.histogram2d(np.arange(n), image, bins=10)[0]
-    # chi-square with 81 degrees of freedom: mean 81, standard deviation 13
-    assert ((counts - 1000) ** 2 / 1000).sum() < 200
-
-
 @pytest.mark.parametrize("size", [1, 7, 16])
 def test_the_order_is_the_same_however_it_is_cut(size):
     whole = window_numbers(0, 2240, 57, seed=1)

@@ -204,28 +204,24 @@ def test_a_folder_may_hold_other_things(tmp_path, capsys):
         assert f"{name} cannot be read: give a file" in refused(folder / name, "--out", "out")
 
 
-def test_bad_records_end_a_preparation_or_are_skipped_and_counted(tmp_path, capsys):
-    path = tmp_path / "in" / "b.jsonl"
-    write_texts(path.parent, 40)
-    path.write_bytes(b'{"text": "good"}\n{"text": null}\nno\n{"text": 5}\n[1]\n{"text": "last"}\n')
-    (path.parent / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-9])
-    with pytest.raises(ValueError, match="b.jsonl, line 2: no text in field 'text'"):
-        make(path.parent, tmp_path / "out")
-    make(path.parent, tmp_path / "out", skip_bad=True)
-    assert f"skipped 5 files or records; the first is {path}, line 2" in capsys.readouterr().out
-    assert {"good", "last"} < set(documents_of(tmp_path / "out", "train", "val"))
-
-
-def test_reading_resumes_at_any_document(tmp_path):
+def test_bad_records_are_refused_or_counted_and_reading_resumes_at_any_document(tmp_path):
     for name in "ab":
         records = [{"text": (None, "", f"{name}{i}")[i % 3]} for i in range(12)]
         write_lines(tmp_path / f"{name}.jsonl", records)
     (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-9])
     source = FileInput(find_files([tmp_path]), skip_bad=True)
     documents = list(source.documents())
-    assert len(documents) == 8 and source.skipped == 9
+    assert len(documents) == 2 * 4 + 99 and source.skipped == 2 * 4 + 2
+    assert source.first_skipped.startswith(f"{tmp_path / 'a.jsonl'}, line 1: no text in field")
     for number, (_, position) in enumerate(documents, 1):
         assert list(source.documents(position)) == documents[number:]
+
+    for name in ("a.jsonl", "b.jsonl", "cut.jsonl.gz"):  # in this order, in a folder
+        with pytest.raises(ValueError, match=f"{name}.* (line 1: no text|not UTF-8 text, or)"):
+            list(FileInput(find_files([tmp_path])).documents())
+        (tmp_path / name).unlink()
+    assert not list(FileInput(find_files([tmp_path])).documents())
 
 
 def test_names_that_standard_output_cannot_show(tmp_path):
@@ -347,6 +343,7 @@ def test_killed_preparations_end_in_the_same_bytes(tmp_path, has_flock, wanted):
             continue
         kills += 1
         resumed += "resuming " in said
+        assert kills < 12, "no resume"
         assert not out.exists() and bool((partial / "lock").read_bytes()) != has_flock
     run(program, *options, "--out", out)
     assert not partial.exists() and everything(out) == everything(straight)
