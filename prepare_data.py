@@ -218,13 +218,26 @@ class Preparation:
     def write(self, workers):
         """Tokenize and write the documents after `position`; save whenever a shard is finished."""
         chunks = in_chunks(self.documents.documents(self.position))
+        before, started = self.tokens(), time.monotonic()
+        shown = started
         for parts, position in map_in_order(self.tokenize, chunks, workers):
             self.position = position
             finished = [self.writers[split].write(*part) for split, part in parts.items()]
             if any(finished):
                 self.save()
-                print(f"  {self.tokens():,} tokens, up to {self.identity(self.position)[-1]}",
-                      flush=True)
+            if time.monotonic() > shown + 1:
+                shown = time.monotonic()
+                self.show_progress((self.tokens() - before) / (shown - started))
+
+    def show_progress(self, rate):
+        """Tokens, and their rate a second; of files also the share that is read, and an estimate of
+        the seconds left."""
+        line, share = f"  {self.tokens():,} tokens  {rate:,.0f} tokens/s", 0.0
+        if self.documents.total:
+            share = self.documents.done / self.documents.total
+        if share:
+            line += f"  {share:.0%} read, {self.tokens() * (1 / share - 1) / rate:,.0f} s left"
+        print(line, flush=True)
 
     def finish(self, source):
         """Finish the last shards and write meta.json, which is returned."""

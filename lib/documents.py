@@ -11,6 +11,7 @@ counted if it was found in a folder. A record without text or a damaged .jsonl i
 cases. With --skip-bad all of these are skipped and counted.
 """
 import gzip
+import io
 import json
 import os
 import zlib
@@ -69,21 +70,21 @@ def walk(given, unread, left_out=()):
                 unread.append(path)
 
 
-def read_documents(path, field, max_document, on_bad_record):
-    """Yield the text of each document of a file.
+def read_documents(path, raw, field, max_document, on_bad_record):
+    """Yield the text of each document of the file at `path`, open in binary as `raw`.
 
     on_bad_record(line) is called for each record without text. Raises ValueError if the file is
     not text, or cannot be read to its end."""
     is_lines = text_suffix(path) == LINES
     encoding = "utf-8-sig" if is_lines else "utf-8"  # JSON may begin with a byte-order mark
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    binary = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
+    # newline="" keeps line ends as they are: tokens decode to the very bytes of the file
+    text = io.TextIOWrapper(binary, encoding=encoding, newline="")
     try:
-        # newline="" keeps line ends as they are: tokens decode to the very bytes of the file
-        with opened(path, "rt", encoding=encoding, newline="") as text:
-            if is_lines:
-                yield from texts_of(text, f"{path}, line", field, on_bad_record)
-            else:
-                yield from read_pieces(path, text, max_document)
+        if is_lines:
+            yield from texts_of(text, f"{path}, line", field, on_bad_record)
+        else:
+            yield from read_pieces(path, text, max_document)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not UTF-8 text, or damaged ({error})") from None
 
@@ -120,13 +121,15 @@ def texts_of(records, name, field, on_bad_record):
 class FileInput:
     """Every document of `files`, as find_files returns them.
 
-    A position is (number of a file, documents read from it). `skipped` counts files and records,
-    and `first_skipped` is a line about the first. `folders` are those that were given."""
+    A position is (number of a file, documents read from it). `done` of `total` bytes on disk have
+    been read. `skipped` counts files and records, and `first_skipped` is a line about the first.
+    `folders` are those that were given."""
 
     def __init__(self, files, field="text", max_document=2 ** 20, skip_bad=False):
         self.files, self.field, self.max_document = files, field, max_document
         self.skip_bad, self.skipped = skip_bad, 0
         self.folders = {given for _, given in files if given.is_dir()}
+        self.done, self.total = 0, sum(path.stat().st_size for path, _ in files if path.is_file())
 
     def skip(self, reason, allowed=False):
         """Count what holds no text. Raises ValueError with the reason unless that is allowed."""
@@ -136,12 +139,16 @@ class FileInput:
         self.skipped += 1
 
     def read(self, path):
-        return read_documents(path, self.field, self.max_document, self.skip)
+        before = self.done
+        with open(path, "rb") as raw:
+            for text in read_documents(path, raw, self.field, self.max_document, self.skip):
+                self.done = before + raw.tell()
+                yield text
 
     def documents(self, position=(0, 0)):
         """Yield (text, position after it) for each document after `position` that has text."""
         first, already_read = position
-        self.skipped = 0
+        self.done, self.skipped = sum(path.stat().st_size for path, _ in self.files[:first]), 0
         for number, (path, given) in enumerate(self.files[first:], first):
             try:
                 for count, text in enumerate(self.read(path), 1):
