@@ -15,7 +15,8 @@ from norms import SCALE_DECAY_POLICIES, weight_decay_groups
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
-DECAY_SHAPES = ("linear", "cosine", "sqrt")
+DECAY_SHAPES = {"linear": lambda s: 1 - s, "cosine": lambda s: 0.5 * (1 + math.cos(math.pi * s)),
+                "sqrt": lambda s: 1 - math.sqrt(s)}  # s: 0 where the decay begins, 1 at its end
 
 
 def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings=True,
@@ -195,23 +196,13 @@ def cosine(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0):
 
 def wsd(step, learning_rate, max_iters, warmup_iters=0, min_lr=0.0, decay_share=0.2,
         decay_shape="linear"):
-    """Warmup, stable, decay: the last decay_share of max_iters goes from learning_rate to min_lr,
-    with s from 0 to 1, as 1 - s ("linear", the paper's), (1 + cos πs)/2 ("cosine") or 1 - √s
-    ("sqrt")."""
+    """Warmup, stable, decay: the last decay_share of max_iters goes from learning_rate to min_lr
+    as DECAY_SHAPES say; the paper's is linear."""
     if step < warmup_iters:
         return warmup(step, learning_rate, warmup_iters)
     decay_iters = max(1, round(decay_share * max_iters))
     s = min(1.0, max(0.0, (step - (max_iters - decay_iters)) / decay_iters))
-    if decay_shape == "linear":
-        factor = 1 - s
-    elif decay_shape == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * s))
-    elif decay_shape == "sqrt":
-        factor = 1 - math.sqrt(s)
-    else:
-        raise ValueError(f"decay_shape={decay_shape!r} is unknown: choose one of "
-                         f"{', '.join(DECAY_SHAPES)}")
-    return min_lr + (learning_rate - min_lr) * factor
+    return min_lr + (learning_rate - min_lr) * DECAY_SHAPES[decay_shape](s)
 
 
 def learning_rate(step, config):

@@ -250,8 +250,6 @@ def test_wsd(shape, quarter):
     assert lr[100] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in zip(lr[60:], lr[61:]))
     assert wsd(70, 1.0, 100, 10, 0.2, 0.4, shape) == pytest.approx(0.2 + 0.8 * quarter)
-    with pytest.raises(ValueError, match="decay_shape='step' is unknown"):
-        wsd(70, 1.0, 100, decay_shape="step")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
