@@ -19,7 +19,6 @@ SHORT = ["--max_iters=500"]  # nothing to work out
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "no config given: start with `python train.py configs/quickstart.py`"),
     (["--learning_rat=1"], "unknown key 'learning_rat' in the command line; did you mean "
                            "learning_rate?"),
     (["--xyzzy=1"], "unknown key 'xyzzy'"),
@@ -40,12 +39,16 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--max_iters=0", "--tokens_per_param=0"], "tokens_per_param=0.0 with max_iters=0 makes no"),
     (["configs/nothing.py"], "config file not found: configs/nothing.py"),
     (["configs/quickstart.py", "max_iters", "3"], "one config file at most"),
-    (["--dataset=data/none", *SHORT], "no dataset at data/none: make it with"),
+    (SHORT, "no dataset at data/none: make it with"),
     (["--min_lr=2e-3", *SHORT], "min_lr=0.002 is above learning_rate=0.001"),
     (["--out_dir=", *SHORT], "out_dir='' is empty"),
 ])
 def test_bad_configuration(arguments, message):
-    assert message in refused(*arguments)
+    assert message in refused("--dataset=data/none", *arguments)
+
+
+def test_no_configuration():
+    assert "no config given: start with `python train.py configs/quickstart.py`" in refused()
 
 
 @pytest.mark.parametrize("text, message", [
@@ -65,7 +68,7 @@ def test_bad_configuration(arguments, message):
 def test_bad_config_files(tmp_path, text, message):
     path = tmp_path / "config.py"
     path.write_text(text, "utf-8")
-    assert message.format(path) in refused(str(path))
+    assert message.format(path) in refused(str(path), "--dataset=data/none")
 
 
 def test_config_files_are_python(tmp_path):

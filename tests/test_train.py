@@ -35,6 +35,9 @@ from optim import learning_rate, make_optimizer, param_groups
 from train import EXIT_STOPPED, evaluate, training_step
 
 MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
+# can stop at any step and go on; the balance loss is each process's own
+CONSTANT = [*MIXTURE, "--optimizer=muon", "--load_balance_coef=0", "--schedule=wsd",
+            "--decay_share=0", "--eval_interval=4"]
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cpu"),
                               sum=lambda values: values.tolist())
 
@@ -242,8 +245,10 @@ def two(undisturbed, dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     bad = write_bad_dataset(folder / "shards")
     keys = {
+        "half": [*CONSTANT, "--max_iters=6"],
+        "resumed": [*CONSTANT, f"--out_dir={folder / 'half'}", "--resume"],
         "small": ["--batch_size=2", "--gradient_accumulation_steps=4"],
-        "mixture": [*MIXTURE, "--optimizer=muon", "--load_balance_coef=0"],
+        "mixture": CONSTANT,
         "idle": ["--max_iters=3"],
         "uneven": ["--batch_size=3", "--gradient_accumulation_steps=1"],
         "guarded": [f"--out_dir={undisturbed[0]}"],
@@ -264,9 +269,13 @@ def test_one_process_equals_two_however_the_batch_is_cut(undisturbed, two):
     same_losses(folder / "small", undisturbed[0])
 
 
+def test_a_run_on_two_processes_resumes_bit_for_bit(two):
+    """On one: see below."""
+    same_runs(two[0] / "half", two[0] / "mixture")
+
+
 def test_a_mixture_on_two_processes(two, dataset, tmp_path):
-    trained(UNIFIED_CONFIG, *start(tmp_path, dataset, *MIXTURE, "--optimizer=muon",
-                                   "--load_balance_coef=0"))
+    trained(UNIFIED_CONFIG, *start(tmp_path, dataset, *CONSTANT))
     same_losses(two[0] / "mixture", tmp_path, tolerance=1e-4)  # bfloat16 magnifies rounding
     a, b = (read_log(out, "router")[0]["load"] for out in (two[0] / "mixture", tmp_path))
     assert a == pytest.approx(b, abs=1e-6)
