@@ -560,6 +560,7 @@ def test_pre_norm_difference():
     ids=["one", "all"])
 def test_figures_are_drawn_the_same_each_time(names, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
+    torch.set_default_dtype(torch.float32)  # as where the command is run
     drawers = {name: theory_figures.FIGURES[name] for name in names}
     monkeypatch.setattr(theory_figures, "FIGURES", drawers)
     drawn = []
