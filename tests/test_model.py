@@ -11,10 +11,20 @@ import pytest
 import reference
 import torch
 from conftest import (
-    EVERYWHERE, MIXTURE, PAPER_PLACEMENTS, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt)
+    COMPILER,
+    EVERYWHERE,
+    MIXTURE,
+    PAPER_PLACEMENTS,
+    TINY,
+    UNIFIED,
+    randomize_scales,
+    tiny_batch,
+    tiny_gpt,
+)
 from torch.nn import functional as F
 
 import model as model_file
+from lib.process import compile_model
 from model import GPTConfig, MoE
 from norms import named_scale_vectors
 
@@ -182,14 +192,19 @@ def test_active_parameters():
         model.num_params("all")
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[
+    pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")])])
 @pytest.mark.parametrize("keys", [{}, UNIFIED], ids=["baseline", "unified"])
-def test_loss_keeps_only_the_product_of_the_size_of_the_logits(keys):
+def test_loss_keeps_only_the_product_of_the_size_of_the_logits(keys, compiled):
     """What autograd keeps between forward and backward, by storage: W̃ x of the head, once, in the
-    compute dtype, under DNP too."""
+    compute dtype, under DNP too. Compiled, the loss has no chunks."""
     model = tiny_gpt(vocab_size=4096, block_size=64, n_layer=1, **keys)
     model.compute_dtype = torch.bfloat16
     idx, targets = tiny_batch(batch=4, length=64, vocab=4096)
     logits, kept = idx.numel() * 4096, {}
+    if compiled:
+        torch._dynamo.reset()
+        compile_model(model)
 
     def remember(tensor):
         storage = tensor.untyped_storage()
@@ -199,7 +214,7 @@ def test_loss_keeps_only_the_product_of_the_size_of_the_logits(keys):
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
         loss = model(idx, targets)[1]
-    assert sum(kept.values()) <= logits * 2
+    assert list(kept.values()) == [logits * 2]
     loss.backward()
 
 
