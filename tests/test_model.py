@@ -132,7 +132,8 @@ IN_HG = vectors(READERS, "scale_in", BOTH)
     ({**MIXTURE, "n_dense_layer": 0}, vectors(("attn.q", "mlp.router", "head"), "scale_in", BOTH)),
     ({**MIXTURE, "n_dense_layer": 0, **HG},
      IN_HG | vectors(("mlp.router", "mlp.shared_gate", "mlp.shared_up"), "scale_in", BOTH)),
-], ids=lambda keys: str(len(keys)) if len(keys) > 4 else "-".join(map(str, keys.values())))
+], ids=["shared", "HG", "AP", "DP", "DP on q, o", "DNP", "output norms", "tied", "none", "mixture",
+        "HG mixture"])
 def test_scale_vectors_and_their_roles(keys, expected):
     found = named_scale_vectors(tiny_gpt(n_layer=1, **keys))
     assert expected == {name.removeprefix("layers.0."): (vector.input_norm, vector.absorbable)
