@@ -11,11 +11,21 @@ import pytest
 import reference
 import torch
 from conftest import (
-    EVERYWHERE, MIXTURE, PAPER_PLACEMENTS, TINY, UNIFIED, randomize_scales, tiny_batch, tiny_gpt)
+    COMPILER,
+    EVERYWHERE,
+    MIXTURE,
+    PAPER_PLACEMENTS,
+    TINY,
+    UNIFIED,
+    randomize_scales,
+    tiny_batch,
+    tiny_gpt,
+)
 from torch.nn import functional as F
 
 import model as model_file
 import sample
+from lib.process import INDUCTOR_OPTIONS
 from model import GPTConfig, MoE
 from norms import named_scale_vectors
 
@@ -123,7 +133,8 @@ IN_HG = vectors(READERS, "scale_in", BOTH)
     ({**MIXTURE, "n_dense_layer": 0}, vectors(("attn.q", "mlp.router", "head"), "scale_in", BOTH)),
     ({**MIXTURE, "n_dense_layer": 0, **HG},
      IN_HG | vectors(("mlp.router", "mlp.shared_gate", "mlp.shared_up"), "scale_in", BOTH)),
-], ids=lambda keys: str(len(keys)) if len(keys) > 4 else "-".join(map(str, keys.values())))
+], ids=["shared", "HG", "AP", "DP", "DP on q, o", "DNP", "output norms", "tied", "none", "mixture",
+        "HG mixture"])
 def test_scale_vectors_and_their_roles(keys, expected):
     found = named_scale_vectors(tiny_gpt(n_layer=1, **keys))
     assert expected == {name.removeprefix("layers.0."): (vector.input_norm, vector.absorbable)
@@ -183,14 +194,19 @@ def test_active_parameters():
         model.num_params("all")
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[
+    pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")])])
 @pytest.mark.parametrize("keys", [{}, UNIFIED], ids=["baseline", "unified"])
-def test_loss_keeps_only_the_product_of_the_size_of_the_logits(keys):
+def test_loss_keeps_only_the_product_of_the_size_of_the_logits(keys, compiled):
     """What autograd keeps between forward and backward, by storage: W̃ x of the head, once, in the
-    compute dtype, under DNP too."""
+    compute dtype, under DNP too. Compiled, the loss has no chunks."""
     model = tiny_gpt(vocab_size=4096, block_size=64, n_layer=1, **keys)
     model.compute_dtype = torch.bfloat16
     idx, targets = tiny_batch(batch=4, length=64, vocab=4096)
     logits, kept = idx.numel() * 4096, {}
+    if compiled:
+        torch._dynamo.reset()
+        model.loss = torch.compile(model.loss, dynamic=False, options=INDUCTOR_OPTIONS)
 
     def remember(tensor):
         storage = tensor.untyped_storage()
@@ -200,7 +216,7 @@ def test_loss_keeps_only_the_product_of_the_size_of_the_logits(keys):
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
         loss = model(idx, targets)[1]
-    assert sum(kept.values()) <= logits * 2
+    assert list(kept.values()) == [logits * 2]
     loss.backward()
 
 
