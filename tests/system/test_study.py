@@ -370,6 +370,7 @@ def interrupted(arguments, pattern):
         ended.set()
 
 
+@pytest.mark.slow
 def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     """Real runs, one of them diverging, from another folder and without matplotlib. After Ctrl-C
     the same command leaves what was finished and resumes the rest; once more, it makes nothing; and
