@@ -245,6 +245,19 @@ def tiktoken_ranks(encoding):
     return encoding._mergeable_ranks | special
 
 
+@contextlib.contextmanager
+def without_cache():
+    """Within it tiktoken keeps no copy of what it reads: the converter reads our temporary file
+    through it, and the cache may be read-only."""
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+        os.environ.update({} if before is None else {"TIKTOKEN_CACHE_DIR": before})
+
+
 def write_tokenizer(encoding, folder, max_length):
     """Write the encoding as transformers' tokenizer, by transformers' own converter. Raises
     ValueError if a token would get another id."""
@@ -254,7 +267,7 @@ def write_tokenizer(encoding, folder, max_length):
     # tiktoken's pattern of bytes has Python's (?s:.), which the converter cannot read
     pattern = r"[\s\S]{1,64}" if encoding.name == "bytes" else encoding._pat_str
     special = list(encoding._special_tokens)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, without_cache():
         file = Path(temporary) / "tiktoken"
         file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), i)
                                   for token, i in tiktoken_ranks(encoding).items()))

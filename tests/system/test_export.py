@@ -265,6 +265,13 @@ def test_special_tokens(tokenizers):
     assert tokenizers["gaps"][1].encode("<|x|>", add_special_tokens=False) == [270]
 
 
+def test_tiktokens_cache_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    export.write_tokenizer(get_encoding("bytes"), tmp_path, 64)
+    assert not (tmp_path / "cache").exists()
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path / "cache")
+
+
 # ---- the card, other locales, refusals -----------------------------------------------------------
 
 def test_model_card(tmp_path):
