@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,9 @@ MIXTURE = dict(n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=24, n
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# transformers copies code of exported folders there; no home folder need exist
+HF_HOME = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = HF_HOME.name
 # sums in one order, in this process as in those it starts: runs are compared bit for bit
 torch.set_num_threads(1)
 
