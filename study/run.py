@@ -41,7 +41,6 @@ class Work:
     def __init__(self, study, folders, args, before):
         self.study, self.folders, self.runs = study, folders, {}
         self.rows, self.seeds = study.select_rows(args.rows), args.seeds or study.seeds
-        study.select_rows(args.redo)
         self.pinned = {"yours", *args.redo}  # rows of which only runs by today's code count
         self.earlier = results.cells_before(before, study, self.find)
 
@@ -256,6 +255,7 @@ def run_study(args):
     idea = read_idea(args.files[1:], args.keys, base)
     study = load_study(args.files[0], args.scale, idea, args.steps, args.name)
     study.protocol = args.protocol or study.protocol
+    study.select_rows([*(args.rows or []), *args.redo])  # before any work
     datasets = study.check_rows()
     if not args.print and not args.evaluate:
         find_data(datasets)  # runs in results count for equal data only

@@ -418,6 +418,7 @@ def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
         raise ValueError("no space")
 
     monkeypatch.setattr("study.run.run_phase", fail)
+    monkeypatch.setattr("study.run.find_data", lambda datasets: None)
     try:
         assert main([str(SMOKE), *places(tmp_path)]) == 1
         assert children[0].poll() is not None and "no space" in capsys.readouterr().err
