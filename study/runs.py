@@ -32,9 +32,8 @@ from lib.disk import write_whole
 from study.plan import ROOT, config_of
 
 # keys that change what a run prints, not what it finds; tokens_per_param is in max_iters
-NOT_SETTINGS = {"out_dir", "resume", "overwrite", "checkpoint_interval", "keep_checkpoints",
-                "log_interval", "sample_tokens", "sample_prompt", "wandb_project", "dist_timeout",
-                "tokens_per_param"}
+NOT_SETTINGS = {"out_dir", "resume", "checkpoint_interval", "keep_checkpoints", "log_interval",
+                "sample_tokens", "sample_prompt", "dist_timeout", "tokens_per_param"}
 DEFAULTS = {key: f.default for key, f in FIELDS.items() if key not in NOT_SETTINGS}
 CODE = ("norms.py", "model.py", "optim.py")
 NUMBERS = ("steps", "tokens", "params", "scale_params", "seconds")
