@@ -278,9 +278,11 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
             shard_tokens=100_000_000, workers=None, skip_bad=False):
     """Tokenize `source`, files as find_files returns them or a HubInput, into the folder `out`.
     `name` describes the source in meta.json, which is returned. Raises ValueError or OSError."""
-    if not (0 < val_fraction < 1 and 0 < shard_tokens < 2 ** 31):
-        raise ValueError(f"--val-fraction {val_fraction} or --shard-tokens {shard_tokens} is out "
-                         f"of range")
+    for option, value, limit in (("val-fraction", val_fraction, 1), ("workers", workers, 2 ** 10),
+                                 ("shard-tokens", shard_tokens, 2 ** 31),
+                                 ("max-document", max_document, 2 ** 20 + 1)):
+        if value is not None and not 0 < value < limit:
+            raise ValueError(f"--{option} {value} must be above 0 and below {limit}")
     if get_encoding(encoding).eot_token is None:
         raise ValueError(f"--encoding {encoding} cannot tokenize text: choose bytes or gpt2")
     documents = source
@@ -379,7 +381,7 @@ def main(argv=None):
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
-        if args.verify:
+        if args.verify is not None:
             data = Dataset(args.verify, block_size=1, verify=True)
             print(f"{args.verify}: good: {data.train.tokens:,} training and {data.val.tokens:,} "
                   f"validation tokens ({data.tokenizer})")

@@ -128,6 +128,7 @@ def resume(run, path):
     run.step = run.saved = state["step"]
     run.sequences = state["data"]["sequences"]
     run.started -= state["seconds"]
+    optim.set_learning_rate(run.optimizer, optim.learning_rate(run.step - 1, config))  # logged
     if run.step > config.max_iters:
         raise ValueError(f"{path} has made {run.step} steps, and max_iters={config.max_iters}: "
                          f"set --max_iters={run.step} or more, or choose another --out_dir")

@@ -103,6 +103,7 @@ AT_LEAST_1 = ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "
               "eval_windows", "log_interval", "dist_timeout")
 RANGES = {**dict.fromkeys(AT_LEAST_1, (1, math.inf)), "decay_share": (0, 1),
           **dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0, 1 - 1e-9)),
+          "max_iters": (0, 1e12), "dist_timeout": (1, 1e9),  # what timedelta can hold
           "seed": (0, 2 ** 63 - 1), "min_lr": (-1, math.inf)}  # of all others: at least 0
 FIELDS = {f.name: f for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig))
           if f.name != "model"}

@@ -31,6 +31,7 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--learning_rate=-1"], "learning_rate=-1.0 must be at least 0"),
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
     (["--seed=9223372036854775808"], "seed=9223372036854775808 must be between 0 and"),
+    (["--max_iters=9223372036854775807"], "max_iters=9223372036854775807 must be between 0 and"),
     (["--beta1=1"], "beta1=1.0 must be between 0 and 1"),
     (["--optimizer=adam"], "optimizer='adam' is unknown: choose one of adamw, muon; did you mean "
                            "adamw?"),

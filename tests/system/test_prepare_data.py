@@ -168,8 +168,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, messa
     ([ROOT / "figures", "--out", "x"], "gz after it. For other formats: --hf FOLDER"),
     (["nowhere"], "--out is missing: give the dataset's folder"),
     (["nowhere", "--hf", "name", "--out", "x"], "--hf name and nowhere: give one source at a time"),
-    ([ROOT / "configs", "--out", "x", "--val-fraction", "0"], "--val-fraction 0.0 or"),
-    ([ROOT / "configs", "--out", "x", "--shard-tokens", "0"], "--shard-tokens 0 is out of"),
+    ([ROOT / "configs", "--out", "x", "--val-fraction", "0"], "0.0 must be above 0 and below 1"),
+    ([ROOT / "configs", "--out", "x", "--shard-tokens", "0"], "--shard-tokens 0 must be"),
+    ([ROOT / "configs", "--out", "x", "--max-document", "1048577"], "--max-document 1048577 must"),
+    ([ROOT / "configs", "--out", "x", "--workers", "-1"], "--workers -1 must be above 0"),
+    (["--verify", ""], "holds no train shard"),
     ([ROOT / "configs", "--out", "x", "--encoding", "ids"], "ids cannot tokenize text"),
 ])
 def test_bad_arguments(tmp_path, monkeypatch, options, message):
