@@ -34,11 +34,11 @@ def load_results(path):
                          "--results") from None
 
 
-def load_records(folder, with_norms=False):
-    """{digest of settings: [run, ...]} of all results JSONs in a folder. with_norms: only runs that
-    have the norms of matrices."""
+def load_records(own, with_norms=False):
+    """{digest of settings: [run, ...]} of all results JSONs in the folder of `own`, a study's JSON,
+    whose runs come first. with_norms: only runs that have the norms of matrices."""
     records = {}
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in sorted(own.parent.glob("*.json"), key=lambda path: (path != own, path)):
         try:
             runs = load_results(path)["runs"]
         except ValueError:

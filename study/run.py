@@ -262,7 +262,7 @@ def run_study(args):
     path = Path(args.results) / f"{study.name}_{args.scale}.json"
     before = {} if args.print else results.load_results(path)
     out = Path(args.out or ROOT / "out" / "studies" / args.scale).absolute()
-    folders = RunFolders(out, results.load_records(args.results, bool(study.matrices)))
+    folders = RunFolders(out, results.load_records(path, bool(study.matrices)))
     work = Work(study, folders, args, before)
     if args.print:
         show(work)
