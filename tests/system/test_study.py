@@ -618,7 +618,7 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
     assert (tmp_path / "README.md").read_text(encoding="utf-8").count("not run yet") == 5
 
     other = path.with_name("a.json")  # what another study holds of the same settings comes second
-    theirs = path.read_text(encoding="utf-8").replace('"code": ""', '"code": "theirs"')
+    theirs = path.read_text(encoding="utf-8").replace('"code":""', '"code":"theirs"')
     other.write_text(theirs, encoding="utf-8")
     [same] = load_records(path).values()
     assert [run["code"] for run in same] == 8 * [""] + 8 * ["theirs"]
