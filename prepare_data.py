@@ -38,6 +38,7 @@ from lib.data import HEADER_BYTES, MAGIC, Dataset, Shard
 from lib.disk import NO_ROOM, cannot_write, sync_folder, write_whole
 from lib.documents import TEXT, FileInput, HubInput, find_files, text_suffix, walk
 from lib.lock import hold_lock
+from lib.output import say
 from lib.tokenizer import get_encoding
 
 CHUNK_CHARS = 2 ** 18  # what one thread tokenizes at a time
@@ -181,7 +182,7 @@ class Preparation:
         if is_new:
             self.save()
         elif self.tokens():
-            print(f"resuming {partial} after {self.tokens():,} tokens", flush=True)
+            say(f"resuming {partial} after {self.tokens():,} tokens")
 
     def identity(self, position):
         """What must not change for a resume from `position`: options and inputs, a line each."""
@@ -232,12 +233,10 @@ class Preparation:
     def show_progress(self, rate):
         """Tokens, and their rate a second; of files also the share that is read, and an estimate of
         the seconds left."""
-        line, share = f"  {self.tokens():,} tokens  {rate:,.0f} tokens/s", 0.0
-        if self.documents.total:
-            share = self.documents.done / self.documents.total
-        if share:
+        line = f"  {self.tokens():,} tokens  {rate:,.0f} tokens/s"
+        if share := self.documents.done / max(1, self.documents.total):
             line += f"  {share:.0%} read, {self.tokens() * (1 / share - 1) / rate:,.0f} s left"
-        print(line, flush=True)
+        say(line)
 
     def finish(self, source):
         """Finish the last shards and write meta.json, which is returned."""
@@ -313,12 +312,11 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
             partial.rmdir()  # if nothing is left in it
 
     train, val = meta["splits"]["train"], meta["splits"]["val"]
-    print(f"{out}: {train['tokens']:,} training and {val['tokens']:,} validation tokens "
-          f"({encoding}) from {train['documents'] + val['documents']:,} documents "
-          f"in {time.monotonic() - started:.1f} s")
+    say(f"{out}: {train['tokens']:,} training and {val['tokens']:,} validation tokens "
+        f"({encoding}) from {train['documents'] + val['documents']:,} documents "
+        f"in {time.monotonic() - started:.1f} s")
     if documents.skipped:
-        print(f"  skipped {documents.skipped:,} files or records; the first is "
-              f"{documents.first_skipped}")
+        say(f"  skipped {documents.skipped:,} files or records: {documents.first_skipped}, ...")
     return meta
 
 
@@ -344,7 +342,7 @@ def standard_library():
 def prepare_builtin(out="data/stdlib", encoding="bytes", max_document=None, **options):
     """The built-in dataset: the source of this Python's standard library."""
     files, name = standard_library(), f"Python {sys.version.split()[0]} standard library"
-    print(f"preparing {out}: {name}, {len(files):,} files", flush=True)
+    say(f"preparing {out}: {name}, {len(files):,} files")
     return prepare(files, out, encoding, name, max_document=max_document or 2 ** 20, **options)
 
 
@@ -383,8 +381,8 @@ def main(argv=None):
     try:
         if args.verify is not None:
             data = Dataset(args.verify, block_size=1, verify=True)
-            print(f"{args.verify}: good: {data.train.tokens:,} training and {data.val.tokens:,} "
-                  f"validation tokens ({data.tokenizer})")
+            say(f"{args.verify}: good: {data.train.tokens:,} training and {data.val.tokens:,} "
+                f"validation tokens ({data.tokenizer})")
             return
         if args.hf and args.paths:
             raise ValueError(f"--hf {args.hf} and {args.paths[0]}: give one source at a time")
@@ -402,7 +400,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit("error: " + str(error).replace("\n", "\\n"))  # names may hold line ends
     except KeyboardInterrupt:
-        print(f"interrupted: {AGAIN}", file=sys.stderr)
+        say(f"interrupted: {AGAIN}", sys.stderr)
         sys.exit(130)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lib.checkpoint import load_weights, newest_checkpoint
 from lib.data import get_encoding
-from lib.process import say
+from lib.output import say
 from model import GPT, GPTConfig
 
 

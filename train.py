@@ -29,7 +29,8 @@ from lib.checkpoint import changed_keys, check_finite, load_checkpoint, load_wei
 from lib.config import BUILTIN, describe_keys, load_config, share_batch, to_dict, tokens_per_step
 from lib.data import Dataset, get_encoding, window_numbers
 from lib.log import RunLog, describe, summarize, without_gradient
-from lib.process import Process, compile_model, hard_exit, report, say, stop_signals, to_device
+from lib.output import say
+from lib.process import Process, compile_model, hard_exit, report, stop_signals, to_device
 from model import GPT
 from prepare_data import prepare_builtin
 from sample import print_sample
@@ -141,8 +142,7 @@ def save(run):
     """Write a checkpoint, unless this step has one, the last steps were not finite, or an update
     failed halfway. Returns whether it has one now. Raises FloatingPointError if a weight or a
     moment is not finite."""
-    halfway = getattr(run.optimizer, "is_updating", False)
-    if run.step == run.saved or run.log.bad_steps or halfway:
+    if run.step == run.saved or run.log.bad_steps or getattr(run.optimizer, "is_updating", False):
         return run.step == run.saved
     run.saved = run.step  # also if it fails: it is not tried again
     moments = optim.optimizer_state(run.optimizer)
@@ -208,9 +208,8 @@ def loop(run, stops):
             run.sequences += tokens_per_step(config) // config.model.block_size
             log.step(run, loss, lr, grad_norm, routers, time.monotonic() - began)
             if stop and run.step < config.max_iters:
-                done = "saved" if save(run) else "not saved"
-                log.say(f"stopped by a signal after {run.step} steps, and {done}: continue with "
-                        f"--resume")
+                done = f"{run.step} steps, and {'saved' if save(run) else 'not saved'}"
+                log.say(f"stopped by a signal after {done}: continue with --resume")
                 return None
     except BaseException:
         with contextlib.suppress(Exception):  # the error that ended the run is the one to report

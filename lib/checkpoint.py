@@ -15,7 +15,7 @@ import torch
 
 from lib.config import to_dict
 from lib.disk import write_whole
-from lib.process import say
+from lib.output import say
 
 FORMAT = 4
 NAME = re.compile(r"ckpt_(\d{7}|[1-9]\d{7,})\.pt")

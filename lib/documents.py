@@ -17,6 +17,8 @@ import os
 import zlib
 from pathlib import Path
 
+from lib.output import say
+
 TEXT, LINES = (".txt", ".md", ".py"), ".jsonl"
 KINDS = f"{', '.join(TEXT)}, {LINES}, or one of these with .gz after it"
 
@@ -49,7 +51,7 @@ def find_files(paths):
         else:
             found.append((given, given))
     if unread:
-        print(f"  not read: {len(unread):,} files and linked folders; the first is {unread[0]}")
+        say(f"  not read: {len(unread):,} files and linked folders; the first is {unread[0]}")
     if not found:
         raise ValueError(f"no file in {', '.join(map(str, paths))} is {KINDS}. For other formats: "
                          f"--hf FOLDER")

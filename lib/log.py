@@ -20,7 +20,8 @@ from lib.checkpoint import changed_keys, checkpoints, newest_checkpoint, save_ch
 from lib.config import to_dict, tokens_per_step
 from lib.disk import cannot_write, write_whole
 from lib.lock import hold_lock
-from lib.process import attention_backend, say, to_device
+from lib.output import say
+from lib.process import attention_backend, to_device
 from norms import named_scale_vectors
 from optim import update_norms
 

@@ -3,7 +3,6 @@ The processes that share a run, and the machine under them.
 
   Process        rank, world size and device; collectives; rank-aware error reporting
   compile_model  torch.compile, block by block
-  say            a printed line that cannot end a run
   report         an error in one line
   stop_signals   SIGTERM, SIGINT and SIGHUP let the step finish
 """
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
+
+from lib.output import say
 
 # dense bf16 FLOP/s of the GPUs people train on, by their makers' data sheets
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
@@ -148,17 +149,6 @@ def attention_backend(config, device, dtype):
     choice = torch._fused_sdp_choice(q, k, v, is_causal=True,
                                      enable_gqa=config.n_head != config.n_kv_head)
     return SDPBackend(choice).name
-
-
-def say(text, stream=None):
-    """Print a line to standard output or `stream`. A closed pipe or a full disk behind it ends
-    no run: from then on its output is dropped."""
-    stream = sys.stdout if stream is None else stream
-    try:
-        print(text, file=stream, flush=True)
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def hard_exit(status):

@@ -199,7 +199,7 @@ def test_a_folder_may_hold_other_things(tmp_path, capsys):
     make(folder, tmp_path / "out", max_document=1000)
     said = capsys.readouterr().out
     assert f"  not read: 4 files and linked folders; the first is {folder / 'linked'}\n" in said
-    assert f"  skipped 2 files or records; the first is {folder / 'bad.txt'}: not UTF-8" in said
+    assert f"  skipped 2 files or records: {folder / 'bad.txt'}: not UTF-8" in said
     found = documents_of(tmp_path / "out", "train", "val")
     assert set(found) == {*expected, "good\n" * 201} and len(found) > 90
 
@@ -403,6 +403,16 @@ def test_a_damaged_preparation_is_not_resumed(unfinished, name, size):
     assert everything(partial) == before
 
 
+def test_output_that_fails_ends_no_preparation(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(20_000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    command = [sys.executable, "prepare_data.py", str(tmp_path / "a.txt"), "--encoding=bytes",
+               f"--out={tmp_path / 'out'}"]
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full).returncode == 0
+    assert (tmp_path / "out" / "meta.json").exists()
+
+
 @pytest.mark.parametrize("is_full", [False, True])
 def test_a_full_disk_is_one_line_and_the_same_command_finishes(tmp_path, is_full, monkeypatch):
     """After some shards; or there is a limit for each file, which is no lack of room, in the first
@@ -475,7 +485,7 @@ def test_hugging_face_datasets(tmp_path, hub_folder, capsys, monkeypatch):
     assert "record 401: no text in field 'text' (it has: text, id): name" in refused(*arguments)
     main(["--encoding", "bytes", *arguments, "--skip-bad"])
     said = capsys.readouterr().out
-    assert "resuming " in said and f"skipped 3 files or records; the first is --hf {folder}" in said
+    assert "resuming " in said and f"skipped 3 files or records: --hf {folder}" in said
     assert sorted(documents_of(tmp_path / "out", "train", "val")) == sorted(texts)
 
 
