@@ -162,10 +162,10 @@ def optimizer_state(optimizer):
 def update_norms(optimizer):
     """{parameter name: ‖η m̂ / (√v̂ + ε)‖}, the norm of AdamW's last step without its decay, by the
     moments m and v, for every parameter that AdamW has moved."""
-    norms = {}
+    norms, moments = {}, optimizer_state(optimizer)
     for group in optimizer.param_groups:
-        for name, p in zip(group["param_names"], group["params"]):
-            state = next((part.state[p] for part in parts_of(optimizer) if p in part.state), {})
+        for name in group["param_names"]:
+            state = moments.get(name, {})
             if "exp_avg_sq" in state:
                 (beta1, beta2), steps = group["betas"], state["step"].item()
                 m = state["exp_avg"] / (1 - beta1 ** steps)

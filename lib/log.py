@@ -158,12 +158,11 @@ class RunLog:
         tokens = run.sequences * self.config.model.block_size
         per_byte = run.dataset.val_bytes_per_token
         val_bpb = val_loss / math.log(2) / per_byte if per_byte else None
-        if self.process.is_main:
-            self.write("eval", step=run.step, tokens=tokens, val_loss=val_loss, val_bpb=val_bpb,
-                       logit_scale=logit_scale(run))
         self.say(f"step {run.step:>6}  val_loss {val_loss:.4f} nats/token"
                  + (f", {val_bpb:.4f} bits/byte" if val_bpb else ""))
         if self.process.is_main:
+            self.write("eval", step=run.step, tokens=tokens, val_loss=val_loss, val_bpb=val_bpb,
+                       logit_scale=logit_scale(run))
             for event, values in weight_events(run.model, update_norms(run.optimizer)):
                 self.write(event, step=run.step, **values)
         return val_bpb
@@ -203,8 +202,11 @@ def logit_scale(run):
     """The logits' standard deviation over the vocabulary: its mean over the first positions, at
     most 256, of the validation split."""
     x, _ = to_device(run.dataset.val[[0]], run.process.device)
+    run.model.eval()  # a fork's dropout has no part in it
     with torch.compiler.set_stance("force_eager"):  # this shape would compile anew
-        return run.model(x[:, :256])[0].float().std(-1).mean().item()
+        logits, _ = run.model(x[:, :256])
+    run.model.train()
+    return logits.float().std(-1).mean().item()
 
 
 def describe(run):
