@@ -97,7 +97,8 @@ def loss_and_gradients(model, device):
 
 
 def compiled_against_float64(process, toy):
-    """The loss and each gradient of what training runs, against eager float64."""
+    """The loss and each gradient of what training runs, and of the same model run eagerly, against
+    eager float64. The second shows how much is rounding: a mixture's routes flip in bfloat16."""
     shape = dict(n_layer=3, block_size=256)
     if toy:
         shape = dict(n_layer=2, n_embd=64, n_head=2, block_size=32, vocab_size=512)
@@ -108,13 +109,18 @@ def compiled_against_float64(process, toy):
         exact = GPT(model.config).to(process.device).double()
         exact.load_state_dict(model.state_dict())
         exact_loss, expected = loss_and_gradients(exact, process.device)
-        loss, grads = loss_and_gradients(as_trained(model, process), process.device)
-        each = {n: difference(grads[n], g) for n, g in expected.items() if g.norm() > 0}
-        worst = sorted(each.items(), key=lambda item: -item[1])
-        everything = [torch.cat([g.double().flatten() for g in side.values()])
-                      for side in (grads, expected)]
-        found[name] = {"loss": [exact_loss, loss], "all_gradients": difference(*everything),
-                       "worst": dict(worst[:10]), "median": worst[len(worst) // 2][1]}
+        model.compute_dtype, found[name] = process.dtype, {"loss": exact_loss}
+        for way in ("eager", "as trained"):
+            if way == "as trained":
+                as_trained(model, process)
+            model.zero_grad()
+            loss, grads = loss_and_gradients(model, process.device)
+            each = {n: difference(grads[n], g) for n, g in expected.items() if g.norm() > 0}
+            worst = sorted(each.items(), key=lambda item: -item[1])
+            everything = [torch.cat([g.double().flatten() for g in side.values()])
+                          for side in (grads, expected)]
+            found[name][way] = {"loss": loss, "all_gradients": difference(*everything),
+                                "median": worst[len(worst) // 2][1], "worst": dict(worst[:10])}
     return found
 
 
@@ -153,7 +159,7 @@ def training_losses(*argv):
     out = next(arg.partition("=")[2] for arg in argv if arg.startswith("--out_dir="))
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = train([*argv, "--eval_windows=8", "--sample_tokens=0"])
+        status = train([argv[0], "--eval_windows=8", "--sample_tokens=0", *argv[1:]])
     if status:
         raise RuntimeError(f"train.py ended with status {status}: {output.getvalue()[-500:]}")
     lines = Path(out, "log.jsonl").read_text("utf-8").splitlines()
@@ -183,26 +189,29 @@ def repeated_and_resumed(process, toy):
             "furthest_resumed": furthest(resumed)}
 
 
-def training(process, toy):
-    """Some two minutes of baseline and unified at 0.12B on the built-in data, 65,536 bytes a step.
-    Compare the losses of the warm-up with those of the same steps run eagerly in float32, unified
-    with baseline, and all of them with another card's file."""
-    steps, warmup = (6, 2) if toy else (250, 10)
+def training(process, toy, names=("baseline", "none", "unified")):
+    """Some three minutes of training at 0.12B on the built-in data, 65,536 bytes a step: one seed,
+    and a rate that nobody has tuned. Compare the losses of the warm-up with those of the same steps
+    run eagerly in float32, the variants with each other, and all with another card's file."""
+    steps, warmup = (6, 2) if toy else (400, 10)
     keys = [f"--dataset={BUILTIN}", "--batch_size=16", "--gradient_accumulation_steps=4",
             "--learning_rate=1e-3", f"--warmup_iters={warmup}", "--eval_interval=0",
-            "--checkpoint_interval=0"]
+            "--eval_windows=256", "--checkpoint_interval=0"]
     if toy:
         keys += [*TOY_SHAPE, "--vocab_size=257", "--batch_size=2"]
     # the warm-up does not depend on where the schedule ends
     ways = {"as trained": [f"--max_iters={steps}"],
             "float32": [f"--max_iters={warmup + 2}", "--dtype=float32", "--compile=False"]}
     found = {}
-    for name in ("baseline", "unified"):
+    for name in names:
         losses, validation = {}, {}
+        own = [f"--{key}={value}" for key, value in VARIANTS[name].items()]
+        if name == "unified":
+            own.append("--scale_weight_decay=input_norm")
         for way, more in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 losses[way], validation[way] = training_losses(
-                    f"configs/{name}_120m.py", f"--out_dir={folder}/run", *keys, *more)
+                    "configs/baseline_120m.py", f"--out_dir={folder}/run", *own, *keys, *more)
             release(process)
         pairs = list(zip(losses["as trained"], losses["float32"][:warmup]))
         last = losses["as trained"][-max(1, steps // 10):]
@@ -255,7 +264,7 @@ def dense_and_mixture(process, toy):
         ("0.12B, 16 x 1024", ["configs/baseline_120m.py"],
          ["nanoGPT", "plain", "none", "baseline", "HG", "HG+DP+OR", "unified"]),
         ("0.5B, 4 x 4096", ["configs/baseline_500m.py", "--batch_size=4"], ["plain", *PAIR]),
-        ("MoE-0.5B, 4 x 4096", ["configs/baseline_moe_500m.py", "--batch_size=4"], PAIR)])
+        ("MoE-0.5B, 16 x 1024", ["configs/baseline_moe_500m.py"], PAIR)])
 
 
 def one_billion(process, toy):
@@ -291,7 +300,7 @@ def choices_of_pytorch(process, toy):
 
 def head(process, toy):
     """The final norm, the output projection and the loss, forward and backward, of 16k tokens of
-    0.12B: milliseconds."""
+    0.12B: milliseconds, and the kernels."""
     config, found = load_config(["configs/baseline_120m.py", *(TOY if toy else [])]), {}
     for name in PAIR:
         keys = {"n_layer": 1, **VARIANTS[name]}
@@ -305,7 +314,8 @@ def head(process, toy):
             model.loss(x, y).backward()
 
         work()
-        found[name] = min(timed(work) for _ in range(2 if toy else 10)) * 1e3
+        found[name] = {"ms": min(timed(work) for _ in range(2 if toy else 10)) * 1e3,
+                       **kernels(work, process)}
     return found
 
 
@@ -329,23 +339,33 @@ def optimizers(process, toy):
     return found
 
 
+def kernels(work, process):
+    """The device's microseconds in work(), and the 25 largest kernels: microseconds and calls. On a
+    CPU PyTorch's operations."""
+    cuda, activity = process.device.type == "cuda", torch.profiler.ProfilerActivity
+    time_of = "self_device_time_total" if cuda else "self_cpu_time_total"
+    with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * cuda]) as seen:
+        timed(work)
+    # on CUDA not the operations, whose time is that of their kernels once more
+    times = {e.key: (getattr(e, time_of), e.count) for e in seen.key_averages()
+             if e.device_type == torch.autograd.DeviceType.CUDA or not cuda}
+    largest = sorted(times.items(), key=lambda item: -item[1][0])[:25]
+    return {"microseconds": sum(microseconds for microseconds, _ in times.values()),
+            "kernels": {name[:100]: list(row) for name, row in largest}}
+
+
 def profile(process, toy):
-    """The 25 largest kernels of a step of unified 1B: microseconds and calls."""
-    config = load_config(["configs/unified_1b.py", "--batch_size=4", *(TOY if toy else []),
-                          "--gradient_accumulation_steps=2"])
-    contestant = Contestant("unified", config, process)
-    contestant.step()
-    contestant.step()
-    activities, time_of = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
-    if process.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        time_of = "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as seen:
+    """The largest kernels of a step of baseline and of unified at 1B."""
+    found = {}
+    for name in PAIR:
+        config = load_config([*AT_1B, *(TOY if toy else []), "--gradient_accumulation_steps=2"])
+        contestant = Contestant(name, config, process)
         contestant.step()
-    times = {e.key: (getattr(e, time_of), e.count) for e in seen.key_averages()}
-    kernels = sorted(times.items(), key=lambda item: -item[1][0])
-    return {"all": sum(microseconds for _, (microseconds, _) in kernels),
-            "largest": {name[:100]: list(row) for name, row in kernels[:25]}}
+        contestant.step()
+        found[name] = kernels(contestant.step, process)
+        del contestant
+        release(process)
+    return found
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -368,15 +388,22 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", default="results", help="a folder (default: %(default)s)")
+    parser.add_argument("--only", help="some of the part's checks, such as head,optimizers")
     parser.add_argument("--toy", action="store_true", help="toy shapes, on any machine")
     args = parser.parse_args()
+    checks = PARTS[args.part]
+    if args.only:
+        known = {check.__name__: check for check in checks}
+        if unknown := [name for name in args.only.split(",") if name not in known]:
+            parser.error(f"--only names {unknown[0]!r}: choose among {','.join(known)}")
+        checks = [known[name] for name in args.only.split(",")]
     process = Process()
     process.start(load_config(["configs/quickstart.py"]))
     path = Path(args.out, f"gpu_{args.part}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results, failed, started = {"versions": versions(), "toy": args.toy}, 0, time.monotonic()
     say(str(results["versions"]))
-    for check in PARTS[args.part]:
+    for check in checks:
         name = check.__name__
         say(f"{args.part}, {name}, after {time.monotonic() - started:.0f} s")
         try:
@@ -388,8 +415,7 @@ def main():
         release(process)
         results["seconds"] = round(time.monotonic() - started, 1)
         write_whole(path, json.dumps(results, indent=1) + "\n", "choose another --out")
-    checks = len(PARTS[args.part])
-    sys.exit(f"error: {failed} of {checks} checks failed: see {path}" if failed else 0)
+    sys.exit(f"error: {failed} of {len(checks)} checks failed: see {path}" if failed else 0)
 
 
 if __name__ == "__main__":

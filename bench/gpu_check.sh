@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The first thing to run on a new GPU, in three parts of at most ten minutes each on one H100
-# (nobody has run them there yet). Results: results/gpu_A.json, gpu_B.json, gpu_C.json.
+# The first thing to run on a new GPU, in three parts of at most ten minutes each on one H100 or H200.
+# Results: results/gpu_A.json, gpu_B.json, gpu_C.json.
 #
 #   bash bench/gpu_check.sh A    Is it right? The CUDA tests, compiled bfloat16 against float64 and
-#                                float32, two minutes of training at 0.12B, a resumed run.
+#                                float32, three minutes of training at 0.12B, a resumed run.
 #   bash bench/gpu_check.sh B    Is it fast? 0.12B, 0.5B and MoE-0.5B; the head; the optimizers.
 #   bash bench/gpu_check.sh C    1B, with PyTorch's choice of attention and of fused reductions
 #                                against others; a profile; MoE-1B.

@@ -35,6 +35,24 @@ CPU_RATES = (2e-3, 4e-3, 8e-3)
 CPU_MODEL = {"config": "configs/study_cpu.py", "keys": {}, "learning_rates": CPU_RATES}
 CPU = {"seeds": SEEDS, "models": {"0.23M": CPU_MODEL}}
 
+
+
+def long(n_layer, n_embd, n_head, batch_size, steps, rates=CPU_RATES, **keys):
+    """A model of scale `long`: 20 tokens a parameter, steps and batch grow with the model; the rate
+    is tuned on the baseline at a quarter of the steps."""
+    full, quarter = ({"max_iters": s, "eval_interval": s // 6} for s in (steps, steps // 4))
+    shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "batch_size": batch_size}
+    return {**CPU_MODEL, "keys": {**shape, **keys, **full, "eval_windows": 640, "compile": True},
+            "tuning": quarter, "learning_rates": rates}
+
+
+GPU_FLOAT32 = {"device": "auto", "dtype": "float32"}  # hours on a CPU, minutes on a GPU
+LONG = {"0.11M": long(3, 48, 3, 4, 4200, (4e-3, 8e-3, 16e-3)),
+        "0.23M": long(4, 64, 4, 6, 6000),
+        "0.46M": long(5, 84, 6, 8, 9100),
+        "0.93M": long(5, 120, 6, 12, 12000, **GPU_FLOAT32),
+        "1.9M": long(6, 160, 8, 16, 18720, **GPU_FLOAT32)}
+
 GPU_RATES = (2e-3, 4e-3, 6e-3)
 GPU_MODEL = {"config": "configs/study_gpu.py", "keys": {}, "learning_rates": GPU_RATES}
 GPU = {"seeds": (1,), "models": {"0.12B": GPU_MODEL}}
@@ -45,4 +63,4 @@ PAPER = {"seeds": (1,), "models": {"0.12B": {
 
 # time of a step of unified over the baseline's
 COSTS = {"a compiled step at 0.92M on a CPU, results/bench_cpu.json": 1.195,
-         "1B on an H100, predicted": 1.016}  # docs/performance.md says how
+         "1B on an H200, results/gpu_C.json": 1.017}

@@ -1,6 +1,6 @@
 """The paper's figure 1: Llama-0.12B with and without scale vectors, and without them for longer,
 until the losses meet."""
-from studies.common import CPU_MODEL, GPU, NO_DECAY, NONE, PAPER, TEN_SEEDS
+from studies.common import CPU_MODEL, GPU, LONG, NO_DECAY, NONE, PAPER, SEEDS, TEN_SEEDS
 
 SHORT = ("baseline", "no scale vectors", "baseline without decay on γ")
 
@@ -18,6 +18,10 @@ comparisons = {
     ("no scale vectors for 1.2 x the steps", "baseline"): {}}
 longer = {"paper": (26250, 22500), "gpu": (4900, 4200)}
 scales = {"cpu": {"seeds": TEN_SEEDS, "models": {"0.23M": {**CPU_MODEL, "rows": SHORT}}}}
+scales["long"] = {"seeds": SEEDS, "protocol": "paper", "models": {
+    "1.9M": {**LONG["1.9M"], "rows": SHORT},
+    "1.9M at twice the rate": {**LONG["1.9M"], "rows": SHORT, "tuning": {},
+                               "learning_rates": (8e-3,)}}}
 for scale, spec in (("gpu", GPU), ("paper", PAPER)):
     scales[scale] = {**spec, "rows": {row: {"max_iters": steps} for row, steps in
                                       zip(list(rows)[3:], longer[scale])}}

@@ -1,6 +1,6 @@
 """The paper's figure 6: terminal losses of baseline and unified over dense sizes, and how much more
 compute the baseline needs."""
-from studies.common import COSTS, CPU_MODEL, NO_DECAY, SEEDS, UNIFIED
+from studies.common import COSTS, CPU_MODEL, LONG, NO_DECAY, SEEDS, UNIFIED
 
 title = "Figure 6, dense models over sizes"
 question = "does the gain of the unified strategy last as models grow?"
@@ -22,13 +22,6 @@ def cpu(rates=CPU_MODEL["learning_rates"], **keys):
     return {**CPU_MODEL, "rows": TWO_ROWS, "keys": keys, "learning_rates": rates}
 
 
-def long(steps, rates, **keys):
-    """20 tokens a parameter; the rate is tuned on the baseline at a quarter of the steps."""
-    full, quarter = ({"max_iters": s, "eval_interval": s // 6} for s in (steps, steps // 4))
-    return {**CPU_MODEL, "keys": {**keys, **full, "eval_windows": 640, "compile": True},
-            "tuning": quarter, "learning_rates": rates}
-
-
 def paper(config, rate):
     return {"config": config, "keys": {}, "learning_rates": (rate,), "rows": TWO_ROWS}
 
@@ -40,12 +33,11 @@ scales = {
         "0.11M": cpu((4e-3, 8e-3, 16e-3), **shape(3, 48, 3, 2)),
         "0.23M": cpu(),
         "0.43M": cpu(**shape(5, 80, 5, 8))}},
-    # steps and batch grow with the model
-    "long": {"seeds": SEEDS, "protocol": "paper", "models": {
-        "0.11M": long(4200, (4e-3, 8e-3, 16e-3), **shape(3, 48, 3, 4)),
-        "0.23M": long(6000, (2e-3, 4e-3, 8e-3), **shape(4, 64, 4, 6)),
-        "0.46M": long(9100, (2e-3, 4e-3, 8e-3), **shape(5, 84, 6, 8)),
-        "0.93M": long(12000, (2e-3, 4e-3, 8e-3), **shape(5, 120, 6, 12))}},
+    "long": {"seeds": SEEDS, "protocol": "paper", "models": LONG},
+    # does the dtype of large runs change a conclusion?
+    "long_bfloat16": {"seeds": SEEDS, "protocol": "paper", "models": {
+        "0.93M": {**LONG["0.93M"], "keys": {**LONG["0.93M"]["keys"], "dtype": "bfloat16"},
+                  "tuning": {}, "learning_rates": (4e-3,)}}},
     "paper": {"seeds": (1,), "models": {
         "0.12B": paper("configs/baseline_120m.py", 4e-3),
         "0.25B": paper("configs/baseline_250m.py", 2e-3),

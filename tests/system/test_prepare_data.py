@@ -153,7 +153,8 @@ def test_ids_beyond_65535_have_four_bytes(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: not JSON"),
     ("a.jsonl", b'{"body": "x", "a\\nb": 1}', "line 1: no text in field 'text' (it has: body, a"),
     ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl, line 2: not JSON"),
-    ("a.txt.gz", gzip.compress(b"text" * 1000)[:-10], "a.txt.gz: not UTF-8 text, or damaged"),
+    ("a.txt.gz", gzip.compress(b"text" * 1000, mtime=0)[:-10],
+     "a.txt.gz: not UTF-8 text, or damaged"),
     ("a.jsonl.zst", b"x", "For parquet and other formats: python prepare_data.py --hf "),
     ("a.pdf", b"x", "a.pdf cannot be read: give a file that is .txt, .md, .py, .jsonl, or one"),
 ])
