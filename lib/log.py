@@ -145,12 +145,13 @@ class RunLog:
     def check_bad_steps(self, step, most):
         """Raise FloatingPointError if the last `most` steps or more were not finite."""
         if self.bad_steps >= most:
-            last = (checkpoints(self.out) or ["none"])[-1]
+            found = checkpoints(self.out)
+            advice = (f"The last checkpoint is {found[-1]}; resume with a lower --learning_rate. If"
+                      f" no step after it is finite, move it away: the one before is used") \
+                if found else "There is no checkpoint: start again with a lower --learning_rate"
             raise FloatingPointError(
                 f"{self.bad_steps} steps in a row up to step {step} were not finite (max_bad_steps="
-                f"{self.config.max_bad_steps}): stopped. The last checkpoint is {last}; resume with"
-                f" a lower --learning_rate. If no step after it is finite, move it away: the one "
-                f"before is used")
+                f"{self.config.max_bad_steps}): stopped. {advice}")
 
     def evaluation(self, run, val_loss):
         """Write and show a validation loss and the statistics of the weights. Returns the loss in

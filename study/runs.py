@@ -207,10 +207,8 @@ class Pool:
         slot = min(set(range(self.jobs)) - taken)
         run.folder.mkdir(parents=True, exist_ok=True)
         stamp_run(run)
-        environment = dict(os.environ)
-        if run.settings.get("device") == "cpu" or not torch.cuda.is_available():
-            environment.setdefault("OMP_NUM_THREADS", "1")
-        elif not self.nproc:
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        if torch.cuda.is_available() and not self.nproc:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             gpu = gpu_for(slot, torch.cuda.device_count(), visible)
             environment["CUDA_VISIBLE_DEVICES"] = gpu

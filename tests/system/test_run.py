@@ -301,6 +301,7 @@ def test_a_run_does_not_end_on_steps_that_are_not_finite(dataset, tmp_path):
     status, _, errors = train(*start(tmp_path, dataset, "--learning_rate=1e30", "--warmup_iters=0",
                                      "--max_iters=4"))
     assert status == 1 and "3 steps in a row up to step 3 were not finite" in errors
+    assert "There is no checkpoint: start again with a lower --learning_rate" in errors
     assert not checkpoints(tmp_path) and not (tmp_path / "summary.json").exists()
 
 
