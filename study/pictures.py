@@ -44,8 +44,8 @@ def setting(results):
 
 def count(n, _=None):
     """0.5M for 500,000, as a formatter of an axis"""
-    for size, letter in ((1e9, "B"), (1e6, "M")):
-        if n >= 0.01 * size:
+    for size, letter, least in ((1e9, "B", 1e8), (1e6, "M", 1e4)):
+        if n >= least:
             return f"{n / size:.3g}{letter}"
     return f"{n:g}"
 
