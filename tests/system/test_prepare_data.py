@@ -4,7 +4,6 @@ split stays put, and the output depends neither on the number of threads nor on 
 leaves nothing that looks finished. Nothing is replaced or removed that was not written here.
 """
 import copy
-import errno
 import gzip
 import hashlib
 import json
@@ -14,13 +13,12 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_texts
+from conftest import ROOT, command_of, run, write_texts
 
 import prepare_data
 from lib.data import Dataset, Shard
@@ -150,13 +148,9 @@ def test_ids_beyond_65535_have_four_bytes(tmp_path):
     ("a.txt", b"just one document", "no document fell into the val split: give more"),
     ("a.txt", b"text\0more", "a.txt: not text but binary: it has NUL bytes"),
     ("a.txt", "text".encode("utf-16"), "a.txt: not UTF-8 text, or damaged"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: not JSON"),
     ("a.jsonl", b'{"body": "x", "a\\nb": 1}', "line 1: no text in field 'text' (it has: body, a"),
     ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl, line 2: not JSON"),
-    ("a.txt.gz", gzip.compress(b"text" * 1000, mtime=0)[:-10],
-     "a.txt.gz: not UTF-8 text, or damaged"),
     ("a.jsonl.zst", b"x", "For parquet and other formats: python prepare_data.py --hf "),
-    ("a.pdf", b"x", "a.pdf cannot be read: give a file that is .txt, .md, .py, .jsonl, or one"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -228,13 +222,6 @@ def test_bad_records_are_refused_or_counted_and_reading_resumes_at_any_document(
     assert not list(FileInput(find_files([tmp_path])).documents())
 
 
-def test_names_that_standard_output_cannot_show(tmp_path):
-    (write_texts(tmp_path / "texts", 30) / "γ.txt").write_bytes(b"\xff")
-    done = run("prepare_data.py", tmp_path / "texts", "--encoding", "bytes", "--val-fraction",
-               "0.2", "--out", tmp_path / "out", env={"PYTHONIOENCODING": "ascii"})
-    assert "skipped 1 files" in done.stdout and "\\u03b3.txt" in done.stdout
-
-
 # --------------------------------------------------------------------------------------------------
 # nothing is replaced
 
@@ -303,54 +290,43 @@ def many_documents(folder, documents):
     for name in range(2):
         write_lines(folder / f"{name}.jsonl.gz", [
             {"text": f"document {i} of {name}, " * (1 + i * 7 % 60)} for i in range(documents)])
-    (folder / "bad.txt").write_bytes(b"\xff")
+    (folder / "γ.txt").write_bytes(b"\xff")
     return folder
 
 
-NO_FLOCK = f"""
-import errno, fcntl, sys
-sys.path.insert(0, {str(ROOT)!r})
-def no_flock(*_):
-    raise OSError(errno.ENOLCK, "No locks available")
-fcntl.flock = no_flock
-import prepare_data
-prepare_data.main()
-"""
-
-
-@pytest.mark.parametrize("has_flock, wanted", [(True, 3), (False, 1)])
-def test_killed_preparations_end_in_the_same_bytes(tmp_path, has_flock, wanted):
-    """Kills at random moments, the same command again each time, other numbers of threads.
-    The second time on a file system that refuses flock, where a killed process's lock stays."""
+@pytest.mark.parametrize("end, wanted, status, line", [
+    (signal.SIGKILL, 3, -signal.SIGKILL, ""),
+    (signal.SIGINT, 1, 130, "interrupted: give the same command again\n"),
+], ids=["killed", "Ctrl-C"])
+def test_an_ended_preparation_continues_to_the_same_bytes(tmp_path, end, wanted, status, line):
+    """Ends at random moments, the same command again each time, other numbers of threads. The last
+    time the output cannot show a file's name."""
     source, straight = many_documents(tmp_path / "in", 2000), tmp_path / "straight"
-    out, partial = tmp_path / "killed", tmp_path / "killed.partial"
-    options = [source, "--encoding", "bytes", "--shard-tokens", "50000", "--val-fraction", "0.1"]
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    options = [source, "--encoding=bytes", "--shard-tokens=50000", "--val-fraction=0.1"]
     main([*map(str, options), "--out", str(straight)])
-    program = ROOT / "prepare_data.py" if has_flock else tmp_path / "program.py"
-    if not has_flock:
-        program.write_text(NO_FLOCK, encoding="utf-8")
 
-    rng, resumed, kills = random.Random(3), 0, 0
-    while kills < wanted or not resumed:
+    rng, resumed, ends = random.Random(3), 0, 0
+    while ends < wanted or not resumed:
         process = subprocess.Popen(
-            [sys.executable, program, *options, "--out", out, "--workers", str(1 + kills % 3)],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            command_of("prepare_data.py", *options, "--out", out, "--workers", 1 + ends % 3),
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         goal = len(list(partial.glob("*.bin"))) + rng.randint(1, 4)
         while process.poll() is None and len(list(partial.glob("*.bin"))) < goal:
             time.sleep(rng.uniform(0, 0.004))
-        process.kill()
+        process.send_signal(end)
         said, errors = process.communicate()
-        assert not errors, errors
-        if process.returncode == 0:  # a busy machine: it reached its end before the kill
+        if process.returncode == 0:  # a busy machine: it reached its end before
             assert everything(out) == everything(straight)
             shutil.rmtree(out)
             continue
-        kills += 1
+        assert (process.returncode, errors) == (status, line) and not out.exists()
+        ends += 1
         resumed += "resuming " in said
-        assert kills < 12, "no resume"
-        assert not out.exists() and bool((partial / "lock").read_bytes()) != has_flock
-    run(program, *options, "--out", out)
+        assert ends < 12, "no resume"
+    done = run("prepare_data.py", *options, "--out", out, env={"PYTHONIOENCODING": "ascii"})
     assert not partial.exists() and everything(out) == everything(straight)
+    assert "skipped 1 files" in done.stdout and "\\u03b3.txt" in done.stdout
 
 
 @pytest.fixture
@@ -404,83 +380,56 @@ def test_a_damaged_preparation_is_not_resumed(unfinished, name, size):
     assert everything(partial) == before
 
 
-def test_output_that_fails_ends_no_preparation(tmp_path):
-    text = "".join(f"line {i}\n" for i in range(20_000))
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    command = [sys.executable, "prepare_data.py", str(tmp_path / "a.txt"), "--encoding=bytes",
-               f"--out={tmp_path / 'out'}"]
+def test_output_that_fails_ends_no_preparation(texts, tmp_path):
+    command = command_of("prepare_data.py", texts, "--encoding=bytes", "--val-fraction=0.1",
+                         f"--out={tmp_path / 'out'}")
     with open("/dev/full", "wb") as full:
-        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full).returncode == 0
+        subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, check=True)
     assert (tmp_path / "out" / "meta.json").exists()
 
 
-@pytest.mark.parametrize("is_full", [False, True])
-def test_a_full_disk_is_one_line_and_the_same_command_finishes(tmp_path, is_full, monkeypatch):
-    """After some shards; or there is a limit for each file, which is no lack of room, in the first
-    shard."""
-    source, out = many_documents(tmp_path / "in", 200), tmp_path / "out"
-    arguments = [source, "--shard-tokens", "20000", "--val-fraction", "0.1", "--out", out]
-    save, (soft, hard) = prepare_data.Preparation.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_is_one_line_and_the_same_command_finishes(unfinished, tmp_path):
+    """A limit for each file is no lack of room. In the first shard it leaves nothing."""
+    source, out = unfinished
+    limit = (resource.RLIMIT_FSIZE, (5000, 5000))
+    done = run("prepare_data.py", *source, "--encoding=bytes", "--out", tmp_path / "limited",
+               check=False, preexec_fn=lambda: resource.setrlimit(*limit))
+    assert done.stderr == (f"error: {tmp_path / 'limited.partial'} cannot be written (File too "
+                           f"large): give the same command again\n")
+    assert not list(tmp_path.glob("limited*"))
 
-    def full(work):
-        if work.tokens() > 100_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(work)
-
-    with monkeypatch.context() as patch:
-        if is_full:
-            patch.setattr(prepare_data.Preparation, "save", full)
-        else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-        try:
-            line = refused(*arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "out.partial" in line and line.endswith("give the same command again")
-    assert ("make room" in line) == is_full
-    assert not out.exists() and (tmp_path / "out.partial").exists() == is_full
-    main(["--encoding", "bytes", *map(str, arguments)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-
-
-def test_ctrl_c_is_one_line_and_keeps_finished_shards(tmp_path):
-    write_lines(tmp_path / "big.jsonl", [{"text": f"document {i} " * 100} for i in range(20_000)])
-    process = subprocess.Popen(
-        [sys.executable, "prepare_data.py", tmp_path / "big.jsonl", "--encoding", "bytes", "--out",
-         tmp_path / "out", "--workers", "1", "--shard-tokens", "100000"],
-        cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    while process.poll() is None and not (tmp_path / "out.partial" / "train_000001.bin").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130 and errors == "interrupted: give the same command again\n"
-    assert (tmp_path / "out.partial" / "progress.json").exists() and not (tmp_path / "out").exists()
+    write_lines(source[1], [{"text": "more" * 20_000} for _ in range(9)])
+    full = tmp_path / "out.partial" / "train_000004.bin"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="out.partial .*No space left.*: make room and give the same"):
+        make(source, out, shard_tokens=50_000)
+    full.unlink()
+    make(source, out, shard_tokens=50_000)
 
 
 # --------------------------------------------------------------------------------------------------
 # Hugging Face datasets
 
-@pytest.fixture
-def hub_folder(tmp_path, monkeypatch):
-    """600 texts in three local parquet files, and three rows without text. No test asks the
-    network: there are five attempts with pauses, 23 s together."""
+def test_hugging_face_datasets(tmp_path, capsys, monkeypatch):
+    """Three local parquet files, with three rows without text, through the same library and calls
+    that read the hub. No test asks the network: five attempts with pauses take 23 s."""
     datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 100)
     folder, texts = tmp_path / "set", [f"row {i} γ" for i in range(600)]
     (folder / "data").mkdir(parents=True)
     for part in range(3):
         rows = texts[200 * part:200 * part + 200] + [None] * part
         parquet.write_table(pyarrow.table({"text": rows, "id": range(len(rows))}),
                             folder / "data" / f"train-0000{part}-of-00003.parquet")
-    return folder, texts
 
+    assert "lies in the input" in refused("--hf", folder, "--out", folder / "out")
+    out = ["--out", tmp_path / "out"]
+    assert "record 1: no text in field 'body' (it has: text, id)" in refused(
+        "--hf", folder, "--field", "body", *out)
+    assert "--hf nobody/nothing: " in refused("--hf", "nobody/nothing", *out)
 
-def test_hugging_face_datasets(tmp_path, hub_folder, capsys, monkeypatch):
-    """Local parquet through the same library and streaming calls that read the hub."""
-    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 100)
-    folder, texts = hub_folder
     arguments = ["--hf", str(folder), "--val-fraction", "0.2", "--shard-tokens", "500",
                  "--workers", "1", "--out", str(tmp_path / "out")]
     assert "record 401: no text in field 'text' (it has: text, id): name" in refused(*arguments)
@@ -489,12 +438,5 @@ def test_hugging_face_datasets(tmp_path, hub_folder, capsys, monkeypatch):
     assert "resuming " in said and f"skipped 3 files or records: --hf {folder}" in said
     assert sorted(documents_of(tmp_path / "out", "train", "val")) == sorted(texts)
 
-
-def test_a_hugging_face_dataset_that_cannot_be_read_is_one_line(tmp_path, hub_folder):
-    folder, _ = hub_folder
-    assert "lies in the input" in refused("--hf", folder, "--out", folder / "out")
-    assert "record 1: no text in field 'body' (it has: text, id)" in refused(
-        "--hf", folder, "--field", "body", "--out", tmp_path / "x")
-    assert "--hf nobody/nothing: " in refused("--hf", "nobody/nothing", "--out", tmp_path / "x")
     (folder / "data" / "train-00002-of-00003.parquet").write_bytes(b"damaged")
     assert f"--hf {folder}: " in refused("--hf", folder, "--skip-bad", "--out", tmp_path / "x")
