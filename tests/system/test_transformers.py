@@ -10,9 +10,8 @@ import pytest
 import torch
 from conftest import UNIFIED, read_log, trained
 
-transformers = pytest.importorskip(
-    "transformers", minversion="5", reason="needs the optional package transformers, 5 or later")
-pytest.importorskip("safetensors", reason="needs the optional package safetensors")
+transformers = pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("safetensors")
 
 from tokenizers import Tokenizer, models  # noqa: E402
 
@@ -92,11 +91,13 @@ def test_equal_function(kind, tmp_path):
 
 
 def test_qk_norm_becomes_dnp(tmp_path):
-    """A strategy with DNP on q and k takes over the Q/K-norm of a Qwen3. With DNP elsewhere the
-    function is another, which same_logits reports."""
+    """A strategy with DNP on q and k takes over the Q/K-norm of a Qwen3, and is a Qwen3 again when
+    it is exported. With DNP elsewhere the function is another, which same_logits reports."""
     theirs = theirs_on_disk("Qwen3", tmp_path / "hf")
     model, _ = read_model(tmp_path / "hf", {**UNIFIED, "scale_placement_on": "q,k"})
     assert not model.config.qk_norm and same_logits(model, theirs) < 2e-5
+    again, name, _ = export.transformers_model(model, {})
+    assert name == "Qwen3ForCausalLM" and same_logits(model, again) < 2e-5
     model, _ = read_model(tmp_path / "hf", UNIFIED)
     with pytest.raises(ValueError, match="not the same function"):
         same_logits(model, theirs)
