@@ -146,9 +146,8 @@ def test_refused_by_name(line, tmp_path):
 
 def test_a_run_starts_from_it(dataset, tmp_path):
     """train.py resumes the folder at step 0 with the original's loss, and learns."""
-    theirs = theirs_on_disk("Qwen3", tmp_path / "hf")
+    theirs, out = theirs_on_disk("Qwen3", tmp_path / "hf"), tmp_path / "out"
     export.write_tokenizer(get_encoding("bytes"), tmp_path / "hf", 16)
-    out = tmp_path / "out"
     line = export.import_run(tmp_path / "hf", out, [
         "--scale_placement=dual", "--scale_reparam=original", "--scale_weight_decay=input_norm",
         f"--dataset={dataset}", "--device=cpu", "--batch_size=4", "--max_iters=12",
