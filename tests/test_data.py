@@ -146,6 +146,7 @@ def test_a_folder_without_a_dataset(tmp_path):
     ("meta.json", b'"vocab_size": 257', b'"vocab_size": 256', "token id 256 is beyond vocab_size"),
     ("meta.json", b"val_000000.bin", b"nothing.bin", "nothing.bin is missing"),
     ("meta.json", b'"name"', b'"nam"', r"meta.json is damaged \(KeyError: 'name'\): make"),
+    ("meta.json", b'"bytes": ', b'"bytes": -', "meta.json is damaged"),
     ("meta.json", b"{", b"[" * 9999, "meta.json is damaged"),
 ])
 def test_a_damaged_dataset_is_one_line(dataset, tmp_path, name, old, new, message):
