@@ -16,16 +16,13 @@ def write_run(folder, loss=1.5, names=SCALES, **more):
     folder.mkdir(parents=True)
     records = [{"event": "train", "step": s, "loss": loss + 1 / (1 + s)} for s in range(20)]
     for step in (0, 10, 20):
-        records.append({"event": "eval", "step": step, "tokens": step * 8, **more,
-                        "val_loss": loss + step / 100, "val_bpb": None})
-        records += [{"event": "scale", "step": step, "name": name, "mean": 1 + step / 50,
-                     "std": 0.1, "beta": None, **more} for name in names]
-        records.append({"event": "matrix", "step": step, "name": "layers.0.attn.q.weight",
-                        "norm": 3.0 + step, **more})
+        of_step = [{"event": "eval", "tokens": step * 8, "val_loss": loss + step / 100},
+                   {"event": "matrix", "name": "layers.0.attn.q.weight", "norm": 3.0 + step},
+                   *({"event": "scale", "name": name, "mean": 1 + step / 50, "std": 0.1,
+                      "beta": None} for name in names)]
+        records += [{"step": step, **record, **more} for record in of_step]
     write_log(folder, records)
-    summary = {"val_loss": loss, "val_bpb": None, "params": 1234, "scale_params": 5, "tokens": 160,
-               "tokens_per_s": 10.0}
-    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    write_summary(folder, val_loss=loss)
     return folder
 
 
@@ -34,11 +31,10 @@ def write_log(folder, records):
         f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
-def figure_of(runs, tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda f, *a, **k: figures.append(f))
-    report(runs, tmp_path / "r.png")
-    return figures[0]
+def write_summary(folder, **values):
+    summary = {"val_bpb": None, "params": 1234, "scale_params": 5, "tokens": 160,
+               "tokens_per_s": 10.0, **values}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
 def test_two_runs_are_written_and_told_apart(tmp_path, capsys):
@@ -60,7 +56,10 @@ def test_the_picture_is_of_the_logs_numbers(tmp_path, monkeypatch):
     """Also of those that only some logs hold, here of one of two runs: the logits' scale."""
     runs = [write_run(tmp_path / "a", logit_scale=5.0),
             write_run(tmp_path / "b", 2.0, names=SCALES[2:])]
-    steps, seconds, logits, *panels = figure_of(runs, tmp_path, monkeypatch).axes
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda f, *a, **k: figures.append(f))
+    report(runs, tmp_path / "r.png")
+    steps, seconds, logits, *panels = figures[0].axes
     losses = [[1.5, 1.6, 1.7], [2.0, 2.1, 2.2]]
     assert [list(line.get_ydata()) for line in steps.lines[1::2]] == losses
     assert [list(line.get_ydata()) for line in seconds.lines] == losses
@@ -80,22 +79,16 @@ def test_what_is_not_finite_is_left_out_and_reported(tmp_path, capsys):
         {"event": "eval", "step": 30, "tokens": 240, "val_loss": None},
         {"event": "scale", "step": 30, "name": SCALES[2], "mean": None, "std": None},
         {"event": "matrix", "step": 30, "name": "layers.0.attn.q.weight", "norm": None}])
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    text = json.dumps({**summary, "val_loss": None})
-    (folder / "summary.json").write_text(text, encoding="utf-8")
+    write_summary(folder, val_loss=None)
     main([str(folder)])
     assert (folder / "report.png").is_file() and "not finite" in capsys.readouterr().out
     log = log_of(folder)
-    norms, betas = (curves(log[event], key)[name][0] for event, key, name in (
-        ("matrix", "norm", "attn.q.weight"), ("scale", "beta", "attn.q.scale_in")))
-    assert [step for step, *_ in norms] == [0, 10, 20]
-    assert [value for _, value, _ in betas] == [2.0] * 3
+    betas, norms = curves(log["scale"], "beta"), curves(log["matrix"], "norm")
+    assert betas["attn.q.scale_in"][0] == [(0, 2.0, 0.0), (10, 2.0, 0.0), (20, 2.0, 0.0)]
+    assert [step for step, *_ in norms["attn.q.weight"][0]] == [0, 10, 20]
     assert curves(log["scale"], "alpha") == {}
-
-
-def test_smooth():
     assert smooth([1.0, None, 3.0]) == [1.0, 1.0, 2.0]
-    assert smooth(list(map(float, range(200))))[-1] == sum(range(150, 200)) / 50
+    assert smooth([*range(200)])[-1] == sum(range(150, 200)) / 50
 
 
 def test_a_run_under_way(tmp_path):

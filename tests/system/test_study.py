@@ -62,16 +62,14 @@ def test_paired_is_scipys_interval():
     assert found["seeds"] == 6
     assert found["difference"] == pytest.approx(statistics.mean(a[s] - b[s] for s in a))
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=1e-6)
-    for freedom, quantile in enumerate(evidence.T_975, 1):
-        assert quantile == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-5)
-    assert len(evidence.T_975) == 29 and evidence.t_975(500) == evidence.T_975[-1]
+    quantiles = [stats.t.ppf(0.975, freedom) for freedom in range(1, 30)]
+    assert evidence.T_975 == pytest.approx(quantiles, abs=5e-5)
+    assert evidence.t_975(500) == evidence.T_975[-1]
 
     nothing = {"difference": None, "low": None, "high": None}
     assert paired({1: 1.0}, {2: 1.0}) is None
     assert paired({1: math.inf, 2: 1.0}, {1: 1.0, 2: 1.0}) == {**nothing, "seeds": 2, "diverged": 1}
     assert paired({1: 1.0}, {1: 1.5}) == {**nothing, "difference": -0.5, "seeds": 1}
-    row = evidence.describe({1: 1.0, 2: math.inf}, 2e-3)
-    assert row == {"learning_rate": 2e-3, "loss": None, "seeds": 2, "diverged": 1}
 
 
 def test_pooled_is_welchs_interval():
@@ -94,21 +92,20 @@ def test_how_many_seeds_a_difference_needs():
 
 
 def test_power_law_and_multiplier():
+    """The multiplier by its definition: the baseline's curve has, at that many times the compute,
+    the better loss. Its interval at three seeds, where a bootstrap is too narrow: 95 of 100 hold
+    1.25."""
     stats, compute = pytest.importorskip("scipy.stats"), [1e15, 1e16, 1e17, 1e18]
     noisy = [7.1, 6.0, 5.5, 4.6]
     line = stats.linregress([math.log(c) for c in compute], [math.log(x) for x in noisy])
     law = math.exp(line.intercept), -line.slope
     assert evidence.power_law(compute, noisy) == pytest.approx(law)
-    # by the definition: the baseline's curve has, at that many times the compute, the better loss
     baseline, better = ([{1: a * c ** -b} for c in compute] for a, b in ((7, 0.05), (8, 0.06)))
     found = evidence.compute_multiplier(compute, better, baseline)
     assert found["laws"][0] == pytest.approx((7, 0.05)) and found["low"] is None
     assert 7 * (found["multiplier"] * 1e18) ** -0.05 == pytest.approx(8 * 1e18 ** -0.06)
 
-
-def test_the_multipliers_interval_covers_the_truth():
-    """At three seeds, where a bootstrap is too narrow: 95 of 100 intervals hold 1.25."""
-    rng, compute, covered = random.Random(0), [1e15, 1e16, 1e17, 1e18], 0
+    rng, covered = random.Random(0), 0
     for _ in range(200):
         noise = [{s: rng.gauss(0, 4e-3) for s in range(3)} for _ in compute]
         baseline = [{s: 7 * c ** -0.05 + n for s, n in d.items()} for c, d in zip(compute, noise)]
@@ -121,21 +118,19 @@ def test_the_multipliers_interval_covers_the_truth():
 
 @pytest.mark.parametrize("paper, low, high, says", [
     (-0.03, -0.04, -0.01, "agrees"), (0.03, -0.04, -0.01, "differs"), (0.03, 0.01, 0.02, "agrees"),
-    (-0.03, -0.02, 0.01, "cannot tell")])
+    (-0.03, -0.02, 0.01, "cannot tell"), (-0.03, None, None, "cannot tell")])
 def test_verdict(paper, low, high, says):
-    assert verdict(paper, {"difference": (low + high) / 2, "low": low, "high": high}) == says
-    assert verdict(paper, None) == "cannot tell"
+    found = low and {"difference": (low + high) / 2, "low": low, "high": high}
+    assert verdict(paper, found) == says
 
 
 def test_the_tracks_rule():
     rule = load_study(TRACK, "cpu").rule
     for low, mean, high, better in ((-0.03, -0.02, -0.01, True), (-0.03, -0.01, 0.001, False),
-                                    (-0.005, -0.004, -0.003, False)):
+                                    (-0.005, -0.004, -0.003, False), (None, None, None, False)):
         found = {"difference": mean, "low": low, "high": high, "seeds": 5}
         assert judge(rule, {"own": found}) == ("better" if better else "does not count as better")
         assert judge(rule, {"own": {**found, "seeds": 4}}) == "not run with 5 seeds yet"
-    diverged = paired(dict.fromkeys(range(5), math.inf), dict.fromkeys(range(5), 1.0))
-    assert judge(rule, {"own": diverged}) == "does not count as better"
 
 
 # ------------------------------------------------------------------------------------------------
