@@ -8,23 +8,24 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command_of
 from conftest import run as run_program
 
 from lib.config import load_config, to_dict
 from study import evidence, tables
 from study.evidence import best_rate, judge, paired, pooled, seeds_needed, summarize, verdict
 from study.plan import Cell, Study, load_study, read_idea
-from study.results import as_text, collect, curves, load_records, losses_of
+from study.results import as_text, collect, curves, load_records
 from study.run import main, write_docs
 from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of
 
@@ -148,15 +149,13 @@ def test_best_rate():
 
 
 def test_two_phases():
-    study = tiny_study()
+    study, paper = tiny_study(), tiny_study(protocol="paper")
     grid = study.tuning_cells(study.rows)
     assert grid == [("m", row, rate, 1, False) for row in "ab" for rate in (1e-3, 2e-3)]
-    best = {("m", "a"): 2e-3, ("m", "b"): 1e-3}
-    seeds = study.seed_cells(study.rows, (1, 2), best)
+    assert paper.tuning_cells(paper.rows) == grid[:2]
+    seeds = study.seed_cells(study.rows, (1, 2), {("m", "a"): 2e-3, ("m", "b"): 1e-3})
     assert [c[1:4] for c in seeds] == [("a", 2e-3, 1), ("b", 2e-3, 1), ("b", 1e-3, 1),
                                        ("a", 2e-3, 2), ("b", 2e-3, 2), ("b", 1e-3, 2)]
-    paper = tiny_study(protocol="paper")
-    assert [c.row for c in paper.tuning_cells(paper.rows)] == ["a", "a"]
     assert not study.seed_cells(study.rows, (1, 2), {})
     figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
     assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
@@ -165,20 +164,17 @@ def test_two_phases():
 def test_a_model_can_be_tuned_on_shorter_runs():
     study = load_study(FIGURE_6, "long")
     cell, *_ = study.tuning_cells(study.rows)
-    assert cell.tuning and study.keys(cell)["max_iters"] == 1050
-    assert study.keys(cell._replace(tuning=False))["max_iters"] == 4200
-    losses = {Cell("0.11M", "baseline", rate, 1, True): rate for rate in (4e-3, 8e-3, 16e-3)}
-    assert best_rate(losses, study, "0.11M", "baseline") == 4e-3
-    full = {cell._replace(tuning=False): loss for cell, loss in losses.items()}
-    assert best_rate(full, study, "0.11M", "baseline") is None
+    steps = [study.keys(cell._replace(tuning=tuning))["max_iters"] for tuning in (True, False)]
+    assert cell.tuning and steps == [1050, 4200]
+    for tuning, best in ((True, 4e-3), (False, None)):
+        losses = {Cell("0.11M", "baseline", r, 1, tuning): r for r in (4e-3, 8e-3, 16e-3)}
+        assert best_rate(losses, study, "0.11M", "baseline") == best
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_every_study_is_sound(path, tmp_path):
     """At every scale train.py takes every row, and no two rows of a study are one run."""
-    names = {}
-    exec(path.read_text(encoding="utf-8"), names)
-    for scale in names.get("scales", ()):
+    for scale in runpy.run_path(str(path)).get("scales", ()):
         study, folders = load_study(path, scale), RunFolders(tmp_path / scale)
         study.check_rows()
         for name, model in study.models.items():
@@ -200,7 +196,7 @@ def test_an_idea_is_a_row_of_the_track(tmp_path):
     studies = [load_study(TRACK, "cpu", {**idea, "scale_reparam": reparam})
                for reparam in ("original", "exponential")]
     assert ("yours", "unified") in studies[0].comparisons
-    assert len({study.name for study in studies}) == 2
+    assert studies[0].name != studies[1].name
     named = load_study(TRACK, "cpu", idea, name="mine", steps=400)
     assert named.rule == {}  # short runs prove nothing
     assert named.name == "track_mine_400_steps" and named.title.endswith("shortened to 400 steps")
@@ -228,37 +224,37 @@ def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **st
 def test_a_run_is_known_by_its_settings(tmp_path):
     """Not by its folder's name, nor by keys that have gone, and of two copies the finished one
     counts."""
-    arguments = [CONFIG, "--seed=3", "--learning_rate=2e-3"]
     keys = {"seed": 3, "learning_rate": 0.002}
+    arguments = [CONFIG, "--seed=3", "--learning_rate=2e-3"]
     write_run(tmp_path / "old name", arguments, a_past_key=1)
     write_run(tmp_path / "part", arguments, finished=False)
     folders = RunFolders(tmp_path)
-    found = folders.find("any label", CONFIG, keys)
-    assert found.folder.name == "old name" and found.state == "done"
-    same = folders.find("x", CONFIG, {**keys, "checkpoint_interval": 7, "n_kv_head": 4})
-    assert same.folder == found.folder
-    other = folders.find("x", CONFIG, {**keys, "n_kv_head": 2})
+    for more in ({}, {"checkpoint_interval": 7, "n_kv_head": 4}):
+        found = folders.find("any label", CONFIG, {**keys, **more})
+        assert found.folder.name == "old name" and found.state == "done"
+    other = folders.find("any label", CONFIG, {**keys, "n_kv_head": 2})
     assert other.state == "missing" and other.folder != found.folder
 
 
 def test_only_todays_code_counts_for_a_row_of_yours(tmp_path, monkeypatch):
-    arguments, keys = [CONFIG, "--seed=1"], {"seed": 1}
-    write_run(tmp_path / "a", arguments, made_by="earlier")
-    key = digest(settings_of(to_dict(load_config([str(ROOT / CONFIG), "--seed=1"]))))
+    def find(out, records=None, **how):
+        return RunFolders(tmp_path / out, records).find("x", CONFIG, {"seed": 1}, **how)
+
+    write_run(tmp_path / "out" / "a", [CONFIG, "--seed=1"], made_by="earlier")
+    key = digest(find("none").settings)
     records = {key: [{"state": "done", "code": "earlier", "data": "same", "val_loss": 1.0}]}
     monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
-    elsewhere = RunFolders(tmp_path / "none", records)
-    assert elsewhere.find("x", CONFIG, keys).has_ended  # a result counts as done, on equal data
-    assert not elsewhere.find("x", CONFIG, keys, made_by=code()).has_ended
+    assert find("none", records).has_ended  # a result counts as done, on equal data
+    assert not find("none", records, made_by=code()).has_ended
     monkeypatch.setattr("study.runs.data_of", lambda dataset: "other")
-    assert not RunFolders(tmp_path / "none", records).find("x", CONFIG, keys).has_ended
-    folders = RunFolders(tmp_path, records)
-    assert folders.find("x", CONFIG, keys).folder.name == "a"
-    mine = folders.find("x", CONFIG, keys, made_by=code())
+    assert not find("none", records).has_ended
+
+    assert find("out", records).folder.name == "a"
+    mine = find("out", records, made_by=code())
     assert mine.state == "missing" and mine.folder.name.endswith(code()[:6])
-    write_run(mine.folder, arguments, made_by=code())
-    assert RunFolders(tmp_path).find("x", CONFIG, keys, made_by=code()).state == "done"
-    assert RunFolders(tmp_path).find("x", CONFIG, keys).folder == mine.folder  # the newer of two
+    write_run(mine.folder, [CONFIG, "--seed=1"], made_by=code())
+    assert find("out", made_by=code()).state == "done"
+    assert find("out").folder == mine.folder  # the newer of two
 
 
 def test_a_new_run_gets_a_folder_that_nothing_else_has(tmp_path):
@@ -279,17 +275,9 @@ def test_a_new_run_gets_a_folder_that_nothing_else_has(tmp_path):
     assert again.state == "missing" and again.folder.name == f"{wanted.folder.name}-3"
 
 
-def test_a_damaged_summary_names_its_file(tmp_path):
-    write_run(tmp_path / "a", [CONFIG])
-    for text in ("", "{}", "3", "[]"):
-        (tmp_path / "a" / "summary.json").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="a/summary.json is not what train.py leaves"):
-            RunFolders(tmp_path).find("x", CONFIG, {}).summary()
-
-
 def test_how_a_run_ended(tmp_path):
     """By its last start: an error of an earlier one, still in output.txt, is not this one's. A
-    finished run whose loss is not finite counts as diverged."""
+    finished run whose loss is not finite counts as diverged. A damaged summary names its file."""
     write_run(tmp_path / "a", [CONFIG], finished=False)
     run = RunFolders(tmp_path).find("x", CONFIG, {})
     old = "error: 3 steps in a row up to step 9 were not finite\n"
@@ -301,11 +289,17 @@ def test_how_a_run_ended(tmp_path):
 
     study, cell = tiny_study(), Cell("m", "a", 1e-3, 1)
     write_run(tmp_path / "b", [CONFIG, "--seed=1", "--learning_rate=0.001"], val_loss=None)
-    runs = {cell: RunFolders(tmp_path).find("a", CONFIG, study.keys(cell))}
-    record, = collect(study, "cpu", runs, [], "", {})["runs"]
+    run = RunFolders(tmp_path).find("a", CONFIG, study.keys(cell))
+    results = collect(study, "cpu", {cell: run}, [], "", {})
+    [record] = results["runs"]
     assert record["state"] == "diverged" and "val_loss" not in record
-    assert losses_of(runs) == {cell: math.inf}
-    assert Pool.outcome(runs[cell], 0) == ("done", "validation loss not finite")
+    assert results["results"]["m"]["rows"]["a"]["tuned"] == {
+        "learning_rate": 1e-3, "loss": None, "seeds": 1, "diverged": 1}
+    assert Pool.outcome(run, 0) == ("done", "validation loss not finite")
+    for text in ("", "{}", "3", "[]"):
+        (run.folder / "summary.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="b/summary.json is not what train.py leaves"):
+            run.summary()
 
 
 @pytest.mark.parametrize("visible, gpus", [("", ["0", "1", "0"]), ("4,5", ["4", "5", "4"]),
@@ -316,14 +310,14 @@ def test_each_run_gets_a_gpu_of_its_own(visible, gpus):
 
 def test_norms_of_matrices_are_found_by_a_part_of_their_name(tmp_path):
     """Whatever stands between. A norm that was not finite is left out."""
-    log = tmp_path / "log.jsonl"
     norms = {"2.attn.q.weight": 2.0, "2.attn.qkv.weight.k": 3.0, "2.attn.o.weight": 4.0,
              "1.attn.q.weight": 5.0, "2.attn.v.weight": None}
     records = [{"event": "matrix", "step": 0, "name": f"layers.{name}", "norm": norm}
                for name, norm in norms.items()]
+    log = tmp_path / "log.jsonl"
     log.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    found = curves(log, ("layers.2.attn.", ("q", "k", "v")))
-    assert found["norms"] == {"q": [[0, 2.0]], "k": [[0, 3.0]]}
+    norms = {"q": [[0, 2.0]], "k": [[0, 3.0]]}
+    assert curves(log, ("layers.2.attn.", ("q", "k", "v"))) == {"curve": [], "norms": norms}
     assert curves(log, ()) == {"curve": []}
 
 
@@ -332,6 +326,13 @@ def test_norms_of_matrices_are_found_by_a_part_of_their_name(tmp_path):
 
 def places(folder):
     return [f"--out={folder}/runs", f"--results={folder}/results"]
+
+
+def smoke_and(lines, folder):
+    """A study file: the smoke test's, and these lines."""
+    path = folder / "mine.py"
+    path.write_text(SMOKE.read_text(encoding="utf-8") + lines, encoding="utf-8")
+    return str(path)
 
 
 def snapshot(folder):
@@ -343,28 +344,6 @@ def read_results(folder, name):
     return json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-WILD = """
-rows["wild"] = {"init_std": 1e30}
-model["keys"] |= {"max_iters": 200, "eval_interval": 100}
-scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
-"""
-
-
-def interrupted(arguments, pattern):
-    """The exit status of main, which gets Ctrl-C as soon as a file of this pattern exists."""
-    ended = threading.Event()
-
-    def watch():
-        while not ended.wait(0.02):
-            if list(Path.cwd().glob(pattern)):
-                return os.kill(os.getpid(), signal.SIGINT)
-    threading.Thread(target=watch).start()
-    try:
-        return main(arguments)
-    finally:
-        ended.set()
-
-
 @pytest.mark.slow
 def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     """Real runs, one of them diverging, from another folder and without matplotlib. After Ctrl-C
@@ -372,18 +351,28 @@ def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     the JSON stands for the runs where they are gone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "study.pictures", None)
-    (tmp_path / "wild.py").write_text(SMOKE.read_text(encoding="utf-8") + WILD, encoding="utf-8")
-    command = ["wild.py", *places(tmp_path), "--jobs=2"]
-    assert interrupted(command, "runs/unified*/config.json") == 130
-    said, errors = capsys.readouterr()
-    assert "the same command resumes them" in errors and not list(tmp_path.glob("results/*"))
+    smoke_and("""
+rows["wild"] = {"init_std": 1e30}
+model["keys"] |= {"max_iters": 200, "eval_interval": 100}
+scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
+""", tmp_path)
+    command = ["mine.py", *places(tmp_path), "--jobs=2"]
+    with subprocess.Popen(command_of("-m", "study.run", *command), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as child:
+        while child.poll() is None and not list(tmp_path.glob("runs/unified*/config.json")):
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        said, errors = child.communicate()
+    assert child.returncode == 130 and "the same command resumes them" in errors
+    assert not list(tmp_path.glob("results/*"))
     done, = tmp_path.glob("runs/baseline*")
     before = snapshot(done)
 
     assert main(command) == 0 and snapshot(done) == before
     said += capsys.readouterr().out  # the wild run may have ended before Ctrl-C
     assert "resumes  unified" in said and "diverged: 10 steps in a row" in said
-    results = read_results(tmp_path, "wild_cpu")
+    results = read_results(tmp_path, "mine_cpu")
     assert results["missing"] == 0 and results["devices"]
     baseline, unified, wild = results["runs"]
     assert [tokens for tokens, _ in unified["curve"]] == [0, 6400, 12800]
@@ -396,7 +385,7 @@ def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert main(command) == 0 and snapshot(tmp_path / "runs") == before
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert main(command) == 0 and not list(tmp_path.glob("runs/*"))
-    assert read_results(tmp_path, "wild_cpu")["runs"] == results["runs"]
+    assert read_results(tmp_path, "mine_cpu")["runs"] == results["runs"]
 
 
 def test_it_starts_without_optional_packages():
@@ -405,20 +394,15 @@ def test_it_starts_without_optional_packages():
 
 
 def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
-    children = []
-
     def fail(name, runs, made, later, pool):
-        children.append(subprocess.Popen(["sleep", "600"]))
-        pool.children[children[0]] = (None, 0, 0.0, 0)
+        pool.children[child] = (None, 0, 0.0, 0)
         raise ValueError("no space")
 
     monkeypatch.setattr("study.run.run_phase", fail)
     monkeypatch.setattr("study.run.find_data", lambda datasets: None)
-    try:
+    with subprocess.Popen(["sleep", "60"]) as child:
         assert main([str(SMOKE), *places(tmp_path)]) == 1
-        assert children[0].poll() is not None and "no space" in capsys.readouterr().err
-    finally:
-        children[0].kill()
+        assert child.returncode == -signal.SIGTERM and "no space" in capsys.readouterr().err
 
 
 def test_a_part_can_be_evaluated(tmp_path, capsys):
@@ -441,38 +425,33 @@ def test_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys, monkey
     monkeypatch.setitem(sys.modules, "study.pictures", None)
     arguments = [str(FIGURE_1), f"--out={tmp_path}/none", f"--results={tmp_path}", "--evaluate"]
     path = tmp_path / "figure_1_necessity_cpu.json"
-    keys = {"learning_rate": 0.004, "seed": 77}
+    keys = {"learning_rate": 0.004, "seed": 77}  # which the study does not ask for
+    settings = digest(RunFolders(tmp_path).find("x", CONFIG, keys).settings)
     run = {"model": "0.23M", "row": "baseline", **keys, "state": "done", "val_loss": 1.0,
-           "curve": [], "steps": 1, "tokens": 8, "params": 9, "scale_params": 1, "seconds": 1,
-           "settings": digest(RunFolders(tmp_path).find("x", CONFIG, keys).settings), "code": "",
-           "data": "same"}
+           "curve": [], "settings": settings, "code": "", "data": "same"}
     path.write_text(json.dumps({"study": "s", "runs": [run]}), encoding="utf-8")
-    assert main(arguments) == 0  # a seed that the study does not ask for
+    assert main(arguments) == 0
     assert json.loads(path.read_text(encoding="utf-8"))["runs"] == [run]
     for damage, says in (({"settings": "other"}, "with other settings: move them away"),
                          ({"row": "gone"}, "with other settings: move them away"),
-                         ({"data": "other"}, "hold runs on other data than this machine has")):
-        text = json.dumps({"study": "s", "runs": [{**run, **damage}]})
+                         ({"data": "other"}, "hold runs on other data than this machine has"),
+                         (None, f"error: {path} does not hold a study's results")):
+        text = json.dumps({"study": "s", "runs": [{**run, **damage}]}) if damage else "[]"
         path.write_text(text, encoding="utf-8")
         assert main(arguments) == 1 and path.read_text(encoding="utf-8") == text
         assert says in capsys.readouterr().err
-    path.write_text("[]", encoding="utf-8")
-    assert main(arguments) == 1 and path.read_text(encoding="utf-8") == "[]"
-    assert f"error: {path} does not hold a study's results" in capsys.readouterr().err
 
 
 def test_printed_lines_are_all_runs_and_each_has_its_folder(tmp_path, capsys):
     """Of two models and two rows that would be named alike; before any run, and after the grid."""
-    path = tmp_path / "study.py"
-    path.write_text("""title = question = "?"
-rows = {"a b": {}, "a-b": {"scale_vectors": False}}
-models = {name: {"config": "configs/study_cpu.py", "learning_rates": (1e-3, 2e-3),
-                 "keys": {"n_layer": n}} for name, n in (("one", 1), ("two", 2))}
-scales = {"cpu": {"seeds": (1, 2), "models": models}}
-""", encoding="utf-8")
+    path = smoke_and("""
+rows, comparisons = {"a b": {}, "a-b": {"scale_vectors": False}}, {}
+model["learning_rates"] = (1e-3, 2e-3)
+scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 2}}
+""", tmp_path)
 
     def printed():
-        assert main([str(path), *places(tmp_path), "--protocol=paper", "--print"]) == 0
+        assert main([path, *places(tmp_path), "--protocol=paper", "--print"]) == 0
         said = capsys.readouterr().out.splitlines()
         lines = [shlex.split(line) for line in said if line.startswith("python ")]
         return {line[-1].removeprefix("--out_dir="): line[2:-1] for line in lines}
@@ -486,7 +465,8 @@ scales = {"cpu": {"seeds": (1, 2), "models": models}}
     assert len(after) == 2 * (2 + 3) and sum("--learning_rate=0.002" in a for a in after) == 2 * 4
 
 
-@pytest.mark.parametrize("line, says", [
+@pytest.mark.parametrize("request_, says", [
+    # lines that make a study malformed
     ("import sys; sys.exit(0)", "does not run: SystemExit"),
     ("raise OSError('two\\nlines')", "does not run: OSError: two"),
     ("rows = {}", "rows must be"),
@@ -501,26 +481,18 @@ scales = {"cpu": {"seeds": (1, 2), "models": models}}
     ("comparisons = {('unified', 'baseline'): {'0.12B': 'x'}}", "comparisons must be"),
     ("picture = 'x'", "picture must be"),
     ("rows['unified'] = {'min_lr': 5e-3}", "row 'unified': min_lr=0.005"),
-    ("rows['unified'] = {'dataset': 'data/nope'}", "no dataset at data/nope")])
-def test_a_malformed_study_is_refused_before_any_run(line, says, tmp_path, capsys):
-    path = tmp_path / "study.py"
-    path.write_text(SMOKE.read_text(encoding="utf-8") + line, encoding="utf-8")
-    refused([path], says, tmp_path, capsys)
-
-
-@pytest.mark.parametrize("arguments, says", [
+    ("rows['unified'] = {'dataset': 'data/nope'}", "no dataset at data/nope"),
+    # commands
     (["studies/nothing.py"], "study not found"),
     ([SMOKE, "--scale=huge"], "no such scale"),
     ([SMOKE, "--lerning_rate=1"], "unknown key"),
     ([SMOKE, "--rows=x"], "no row 'x'"),
     ([SMOKE, "--redo=x"], "no row 'x'"),
     ([TRACK, "--on=x"], "no such row")])
-def test_a_request_that_cannot_be_met_is_refused(arguments, says, tmp_path, capsys):
-    refused(arguments, says, tmp_path, capsys)
-
-
-def refused(arguments, says, tmp_path, capsys):
-    assert main([*map(str, arguments), *places(tmp_path)]) == 1
+def test_what_cannot_be_met_is_refused_before_any_run(request_, says, tmp_path, capsys):
+    if isinstance(request_, str):
+        request_ = [smoke_and(request_, tmp_path)]
+    assert main([*map(str, request_), *places(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
