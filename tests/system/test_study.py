@@ -24,7 +24,7 @@ from conftest import run as run_program
 from lib.config import load_config, to_dict
 from study import evidence, tables
 from study.evidence import best_rate, judge, paired, pooled, seeds_needed, summarize, verdict
-from study.plan import Cell, Study, load_study, read_idea
+from study.plan import Cell, Study, config_of, load_study, read_idea
 from study.results import as_text, collect, curves, load_records
 from study.run import main, write_docs
 from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of
@@ -516,9 +516,8 @@ def test_committed_summaries_follow_from_their_runs(path):
     assert rounded(summarize(study, losses)) == rounded(results["results"])
     assert rounded(evidence.fit_scaling(study, losses, flops)) == rounded(results["fits"])
     for cell, run in runs.items():  # so that the runs count as done where out/ is gone
-        config = to_dict(load_config([str(ROOT / study.models[cell.model].config), *(
-            f"--{key}={value}" for key, value in study.keys(cell).items())]))
-        assert run["settings"] == digest(settings_of(config)), cell
+        config = config_of(study.models[cell.model].config, study.keys(cell))
+        assert run["settings"] == digest(settings_of(to_dict(config))), cell
     assert as_text(results) == path.read_text(encoding="utf-8")
 
 
@@ -566,42 +565,38 @@ def test_the_cost_of_a_step():
 
 def test_docs_are_filled_and_damage_is_one_line(tmp_path):
     """With a summary by both protocols whose numbers are known by hand. Files of other tools are
-    passed over."""
+    passed over; what another study holds of the same settings comes second."""
     study, runs = tiny_study(), {}
     losses = losses_by({"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {1e-3: 1.5, 2e-3: 3.0}})
     for cell, loss in losses.items():
         record = {"curve": [[8, loss]], "params": 1100 if cell.row == "b" else 1000, "tokens": 8,
                   "seconds": 1, "val_loss": loss, "state": "done", "code": "", "data": ""}
         runs[cell] = Run([], {}, tmp_path, record)
-    for folder in ("results", "docs"):
-        (tmp_path / folder).mkdir()
-    path, page = tmp_path / "results" / "s_cpu.json", tmp_path / "docs" / "a.md"
     text = as_text(collect(study, "cpu", runs, list(runs), "", {}))
-    path.write_text(text, encoding="utf-8")
-    (tmp_path / "results" / "bench.json").write_text('{"races": {}}', encoding="utf-8")
-    (tmp_path / "README.md").write_text("a <!-- results --><!-- end --> b", encoding="utf-8")
-    page.write_text("<!-- study s_cpu -->x<!-- end --> <!-- study none_cpu -->\n<!-- end -->.",
-                    encoding="utf-8")
+    files = {"results/s_cpu.json": text, "results/bench.json": '{"races": {}}',
+             "results/a.json": text.replace('"code":""', '"code":"theirs"'),
+             "README.md": "a <!-- results --><!-- end --> b",
+             "docs/a.md": "<!-- study s_cpu -->x<!-- end --> <!-- study none_cpu --><!-- end -->."}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
 
     assert len(write_docs(tmp_path)) == 2 and write_docs(tmp_path) == []
-    text = page.read_text(encoding="utf-8")
-    assert "| b, +10.0% parameters | 3.1500 at 0.002 \\* | 2 | 1.6500 at 0.001 \\* | 2 |" in text
+    readme, page = ((tmp_path / name).read_text("utf-8") for name in ("README.md", "docs/a.md"))
+    assert "| b, +10.0% parameters | 3.1500 at 0.002 \\* | 2 | 1.6500 at 0.001 \\* | 2 |" in page
     assert ("| m | b | a | +2.0000 [+2.0000, +2.0000] | +0.5000 [+0.5000, +0.5000] | "
-            "+0.1000 (0.12B) | agrees |") in text
-    assert tables.EDGE in text and "still to be made" not in text and "Not run yet." in text
-    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("not run yet") == 5
+            "+0.1000 (0.12B) | agrees |") in page
+    assert tables.EDGE in page and "still to be made" not in page and "Not run yet." in page
+    assert readme.count("not run yet") == 5
 
-    other = path.with_name("a.json")  # what another study holds of the same settings comes second
-    theirs = path.read_text(encoding="utf-8").replace('"code":""', '"code":"theirs"')
-    other.write_text(theirs, encoding="utf-8")
+    path = tmp_path / "results" / "s_cpu.json"
     [same] = load_records(path).values()
     assert [run["code"] for run in same] == 8 * [""] + 8 * ["theirs"]
-    other.unlink()
     for text in ("{}", "[]", "x"):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="s_cpu.json does not hold a study's results"):
             write_docs(tmp_path)
-    assert load_records(path) == {}
+        assert [len(same) for same in load_records(path).values()] == [8]
 
 
 def test_pictures_do_not_compare_what_cannot_be():
