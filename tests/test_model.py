@@ -141,26 +141,22 @@ def test_the_epsilon_of_dnp_is_squared_where_the_pre_norm_is_left_out():
 
 # ---- the start -----------------------------------------------------------------------------------
 
-def test_variants_start_as_the_baselines_function():
-    """From the same matrices with γ = 1. Only DNP, whose norm is another function, differs."""
-    idx, baseline = tiny_batch()[0], tiny_gpt(n_layer=1)
+def test_how_variants_start():
+    """All from the same matrices, normal with a width of the table, and γ = 1: as the baseline's
+    function. Only DNP, whose norm is another function, differs."""
+    keys = dict(n_embd=128, d_ff=256, vocab_size=300, init_std=0.03, **MIXTURE)
+    idx, baseline = tiny_batch()[0], tiny_gpt(**keys)
     matrices = {name: W for name, W in baseline.state_dict().items() if "scale" not in name}
+    for name, W in matrices.items():
+        std = 0.03 / math.sqrt(2 * 2) if name.endswith((".o.weight", "down.weight")) else 0.03
+        assert abs(W.std() / std - 1) < 0.1 and abs(W.mean()) < 0.1 * std, name
+    assert GPTConfig(n_embd=144, init_std=0.0).init_std == 1 / 12
     for placement, hg in itertools.product(PAPER_PLACEMENTS, (False, True)):
-        model = tiny_gpt(n_layer=1, scale_placement=placement, scale_heterogeneous=hg)
+        model = tiny_gpt(scale_placement=placement, scale_heterogeneous=hg, **keys)
         state = model.state_dict()
         assert all(torch.equal(state[name], W) for name, W in matrices.items())
         same = torch.allclose(model(idx)[0], baseline(idx)[0], rtol=0, atol=1e-6)
         assert same == (placement != "dual_norm"), placement
-
-
-def test_initial_weights_follow_the_table():
-    model = tiny_gpt(n_embd=128, d_ff=256, vocab_size=300, init_std=0.03, **MIXTURE)
-    for name, p in model.named_parameters():
-        if "scale" not in name:
-            last = name.endswith((".o.weight", "down.weight"))
-            std = 0.03 / math.sqrt(2 * 2) if last else 0.03
-            assert abs(p.std() / std - 1) < 0.1 and abs(p.mean()) < 0.1 * std, name
-    assert GPTConfig(n_embd=144, init_std=0.0).init_std == 1 / 12
 
 
 # ---- what it costs -------------------------------------------------------------------------------
@@ -213,8 +209,8 @@ def test_what_a_loss_in_bfloat16_keeps(keys, compiled):
 
 def test_generate():
     """Greedy tokens, far beyond block_size, against the whole context read again for each: a cached
-    step reads one position, and the newer half when the context is full. And tokens drawn from the
-    likeliest top_k by softmax(logits / temperature)."""
+    step reads one position, and the newer half when the context is full, because the model takes no
+    more. And tokens drawn from the likeliest top_k by softmax(logits / temperature)."""
     model, many = tiny_gpt(torch.float64, n_layer=1, **UNIFIED), tiny_batch(length=5, batch=100)[0]
 
     def generate(idx, n, **how):
@@ -230,6 +226,8 @@ def test_generate():
         context = context[:, -8:] if context.size(1) > 16 else context
         assert torch.equal(token, model(context)[0][:, -1].argmax(-1))
         context = torch.cat((context, token[:, None]), 1)
+    with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
 
     values, ids = model(many)[0][:, -1].float().topk(7)
     probabilities = torch.zeros(100, 61).scatter(1, ids, (values / 2).softmax(-1))
@@ -264,8 +262,3 @@ def test_impossible_configurations(keys, message):
     with pytest.raises(ValueError, match=message) as error:
         GPTConfig(**{**TINY, **keys})
     assert "\n" not in str(error.value)
-
-
-def test_sequence_too_long():
-    with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
-        tiny_gpt()(torch.zeros(1, 17, dtype=torch.long))

@@ -103,32 +103,32 @@ def test_table_1_as_preconditioners(row):
     has the closed form, with one vector for both branches (standard, OR, ER: the branches stacked
     into one map) or one each (HG, AP, DP: no entry between branches)."""
     W, v, u, beta, alpha = draw((2, 3, 4), (2, 4), (2, 3), (1,), (4,))
-    eye_v, eye_u, no_v, no_u = torch.eye(4), torch.eye(3), torch.ones(2, 4), torch.ones(2, 3)
-    # the row's parameters, (v, u) as they act on each of the two branches, P_v, P_u
-    params, v, u, P_v, P_u = {
-        "standard": ([v[0]], v[:1].expand(2, 4), no_u, eye_v, None),
-        "HG": ([v], v, no_u, eye_v, None),
-        "AP": ([u], no_v, u, None, eye_u),
-        "DP": ([v, u], v, u, eye_v, eye_u),
-        "OR": ([beta, alpha], original_reparam(beta, alpha).expand(2, 4), no_u,
-               theory.original_preconditioner(beta, alpha), None),
-        "ER": ([beta, alpha], exponential_reparam(beta, alpha).expand(2, 4), no_u,
-               theory.exponential_preconditioner(beta, alpha), None),
-    }[row]
+    I_v, I_u, no_v, no_u = torch.eye(4), torch.eye(3), torch.ones(2, 4), torch.ones(2, 3)
 
+    def stacked(*args):
+        return theory.table_preconditioner(W.flatten(0, 1), *args)
+
+    def each(v, u, *args):
+        return torch.block_diag(*(
+            theory.table_preconditioner(W[b], v[b], u[b], *args) for b in range(2)))
+    params, expected = {
+        "standard": ([v[0]], stacked(v[0], no_u.flatten(), I_v)),
+        "HG": ([v], each(v, no_u, I_v)),
+        "AP": ([u], each(no_v, u, None, I_u)),
+        "DP": ([v, u], each(v, u, I_v, I_u)),
+        "OR": ([beta, alpha], stacked(original_reparam(beta, alpha), no_u.flatten(),
+                                      theory.original_preconditioner(beta, alpha))),
+        "ER": ([beta, alpha], stacked(exponential_reparam(beta, alpha), no_u.flatten(),
+                                      theory.exponential_preconditioner(beta, alpha))),
+    }[row]
     P = theory.induced_preconditioner(TABLE_1[row], [W, *params])
-    moved, rate, _ = along_the_flow(TABLE_1[row], [W, *params])
-    [G] = gradients(curved_loss, [TABLE_1[row](W, *params)])
-    close(-P @ G.flatten(), moved.flatten())
+    close(P, expected)
     close(P, P.T)
     assert torch.linalg.eigvalsh(P)[0] > -1e-12
 
-    if row in ("standard", "OR", "ER"):
-        expected = theory.table_preconditioner(W.flatten(0, 1), v[0], u.flatten(), P_v, P_u)
-    else:
-        blocks = [theory.table_preconditioner(W[b], v[b], u[b], P_v, P_u) for b in range(2)]
-        expected = torch.block_diag(*blocks)
-    close(P, expected)
+    moved, rate, _ = along_the_flow(TABLE_1[row], [W, *params])
+    [G] = gradients(curved_loss, [TABLE_1[row](W, *params)])
+    close(-P @ G.flatten(), moved.flatten())
     if row == "standard":
         close(theory.descent_rate_shared(list(W), v[0], list(G)), rate)
     if row == "HG":
@@ -138,18 +138,16 @@ def test_table_1_as_preconditioners(row):
 def test_table_2_a_form_sees_the_state_and_adam_the_history():
     """Two histories that end at one state: DP's P is the same there, Adam's second moments are
     not."""
-    form, end, found = TABLE_1["DP"], draw((2, 3, 4), (2, 4), (2, 3)), []
-    for shift in (1.0, -2.0):
-        params = [p.clone().requires_grad_() for p in end]
+    found = []
+    for history in ((2.0, 1.0, 0.0), (-4.0, -2.0, 0.0)):
+        params = [p.requires_grad_() for p in draw((2, 3, 4), (2, 4), (2, 3))]
         adam = torch.optim.Adam(params, lr=0.0)
-        for distance in (2.0, 1.0, 0.0):
-            for p, at in zip(params, end):
-                p.data = at + distance * shift
+        for distance in history:
             adam.zero_grad()
-            form(*params).tanh().sum().backward()
+            TABLE_1["DP"](*(p + distance for p in params)).tanh().sum().backward()
             adam.step()
         moments = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in params])
-        found.append((theory.induced_preconditioner(form, params), moments))
+        found.append((theory.induced_preconditioner(TABLE_1["DP"], params), moments))
     (first, moments), (second, others) = found
     close(first, second)
     assert (moments - others).abs().max() > 1e-3
@@ -200,11 +198,6 @@ def teachers(count, m, d, seed=0, largest=3.0):
     return with_lengths(W * columns.exp() * rows.exp(), largest)
 
 
-def losses(student, *how):
-    """(steps + 1, teachers), from the theorems' start."""
-    return student_flow(student, *how)[1]
-
-
 def below(first, second, floor=1e-11):
     """second < first at every t > 0, as long as rounding can tell."""
     visible = first[1:] > floor
@@ -214,7 +207,7 @@ def below(first, second, floor=1e-11):
 @pytest.mark.parametrize("m, d", [(1, 1), (3, 5), (4, 2)])
 def test_theorem_2_2_along_the_flow(m, d):
     target = teachers(60, m, d)
-    without = losses("none", target, 4.0, 100)
+    _, without, _ = student_flow("none", target, 4.0, 100)
     times, with_vector, path = student_flow("standard", target, 4.0, 100)
     assert below(without, with_vector)
     close(without, without[0] * torch.exp(-2 * torch.tensor(times))[:, None], 1e-6)
@@ -269,31 +262,29 @@ def test_claims_ii_are_the_laws_in_t_cubed(student, law):
     target = teachers(20, 3, 4, seed=2, largest=1.0)[5:]
 
     def error(t):
-        gap = losses(student, target, t, 20) - losses("standard", target, t, 20)
+        gap = student_flow(student, target, t, 20)[1] - student_flow("standard", target, t, 20)[1]
         return (gap[-1] / law(target, t) - 1).abs()
     assert (error(4e-3) < 0.02).all()
     close(error(4e-3) / error(2e-3), 2.0, 0.05)
 
 
-def test_claims_iii_under_their_conditions():
-    """DP: at most one nonzero in each row and column of W*. OR: columns of equal length."""
+@pytest.mark.parametrize("student", ["dual", "original"])
+def test_claims_iii_need_their_conditions(student):
+    """DP: at most one nonzero in each row and column of W*. OR: columns of equal length. Without
+    them ahead at first (ii), overtaken later; half the step changes nothing."""
     entries, equal = draw((40, 4), (40, 3, 5), seed=3)
     matching = torch.zeros(40, 4, 5)
     matching[:, range(4), [2, 0, 4, 1]] = 1.5 * entries
     for k in range(1, 4):
         matching[k::4, k:] = 0.0  # so many rows only
     equal = with_lengths(equal / equal.norm(dim=1, keepdim=True), 3.0)
-    for student, target in (("dual", matching), ("original", equal)):
-        assert below(losses("standard", target, 3.0, 150), losses(student, target, 3.0, 150))
+    target = {"dual": matching, "original": equal}[student]
+    assert below(*(student_flow(name, target, 3.0, 150)[1] for name in ("standard", student)))
 
-
-@pytest.mark.parametrize("student", ["dual", "original"])
-def test_claims_iii_fail_without_their_conditions(student):
-    """Ahead at first (ii), overtaken later; half the step changes nothing."""
     target = torch.tensor(theory_figures.COUNTEREXAMPLES[student])
-    standard, other = (losses(name, target, 2.0, 100) for name in ("standard", student))
+    standard, other = (student_flow(name, target, 2.0, 100)[1] for name in ("standard", student))
     assert other[12] < standard[12] and other[-1] > 1.5 * standard[-1] > 1e-12
-    close(losses(student, target, 2.0, 200)[::2], other, 1e-4)
+    close(student_flow(student, target, 2.0, 200)[1][::2], other, 1e-4)
 
 
 # ---- theorem 2.3 / C.1 ---------------------------------------------------------------------------
@@ -341,8 +332,9 @@ def test_what_sharpness_does_to_sgds_descent():
     close((H * C.trace() * torch.outer(worst, worst)).sum(), bound)
 
 
-def test_the_simulation_without_noise_is_gradient_flow():
-    """Euler's method is of order one."""
+def test_the_simulation():
+    """Without noise it is gradient flow, to Euler's order of one. Where there is no drift, its
+    noise has variance q t and is independent."""
     start, target = [torch.zeros(1, 4), torch.ones(1, 4)], torch.full((4,), 1.5)
     expected = gradient_flow(lambda w, gamma: 0.5 * (w * gamma - target).square().sum(),
                              start, 2.0, 100, [0.1, 0.3])[-1][1]
@@ -354,10 +346,8 @@ def test_the_simulation_without_noise_is_gradient_flow():
     assert error(2000) < 1e-3
     assert error(1000) / error(2000) == pytest.approx(2, rel=0.05)
 
-
-def test_the_simulations_noise_has_variance_q_t_and_is_independent():
-    at_zero = torch.zeros(20000, 2)  # near it the drift is of third order
-    *_, (_, *end) = theory.simulate_sde(at_zero, at_zero, torch.zeros(2), 0, 0, 0.3, 0.1, 10, 10)
+    zero = torch.zeros(20000, 2)  # near it the drift is of third order
+    *_, (_, *end) = theory.simulate_sde(zero, zero, torch.zeros(2), 0, 0, 0.3, 0.1, 10, 10)
     noise = torch.cat(end, 1)
     close(noise.T @ noise / 20000, 0.03 * torch.eye(4), 0.04 * 0.03)
 
@@ -420,10 +410,11 @@ def test_what_flow_conserves_under_decay():
         close(moved.square().sum(), theory.direction_under_decay(alpha, 0.4, t), 1e-7)
 
 
-def test_output_norm_under_decay_is_where_the_flow_rests():
-    """After an Input-Norm there is a weight: the flow reaches the same target although γ decays."""
-    target, curvature = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([1.0, 3.0, 0.7])
-    one = torch.ones(3)
+def test_an_output_norm_under_decay():
+    """Where gradient flow rests; after an Input-Norm there is a weight, and the flow reaches the
+    same target although γ decays. Below 1/λ decay costs AdamW next to nothing, above it γ stays at
+    1/λ."""
+    one, target, curvature = torch.ones(3), torch.tensor([0.5, 2, -1.0]), torch.tensor([1, 3, 0.7])
 
     def loss(gamma, w=one):
         return 0.5 * (curvature * (gamma * w - target).square()).sum()
@@ -433,15 +424,11 @@ def test_output_norm_under_decay_is_where_the_flow_rests():
     both = gradient_flow(loss, [one, one], 30.0, 600, [0.4, 0.0])[-1][1]
     assert loss(*both) < 0.05 * excess
 
-
-def test_adamw_output_norm_limit():
-    """Below 1/λ decay costs AdamW next to nothing, above it γ stays at 1/λ."""
     target = torch.tensor([3.0, -5.0, 0.5])
-    for decay, limit in ((0.1, [3.0, -5.0, 0.5]), (0.5, [2.0, -2.0, 0.5])):
-        close(theory.adamw_output_norm_limit(target, decay), torch.tensor(limit))
-        path = theory_figures.adamw_path(lambda gamma: 0.5 * (gamma - target).square().sum(),
-                                         [target.sign()], 0.02, 600, decay)
-        close(path[-1][0], torch.tensor(limit), 0.02)
+    for decay, limit in ((0.1, target), (0.5, torch.tensor([2.0, -2.0, 0.5]))):
+        close(theory.adamw_output_norm_limit(target, decay), limit)
+        path = theory_figures.adamw_path(loss, [target.sign()], 0.02, 600, decay)
+        close(path[-1][0], limit, 0.02)
 
 
 # ---- the figures ---------------------------------------------------------------------------------

@@ -51,8 +51,7 @@ def losses_by(values, seeds=(1, 2)):
             for rate, loss in rates.items() for seed in seeds}
 
 
-# ------------------------------------------------------------------------------------------------
-# statistics
+# ---- statistics ----------------------------------------------------------------------------------
 
 def test_paired_is_scipys_interval():
     stats = pytest.importorskip("scipy.stats")
@@ -74,6 +73,7 @@ def test_paired_is_scipys_interval():
 
 
 def test_pooled_is_welchs_interval():
+    """Of one sample, it tells how many seeds a difference needs."""
     stats = pytest.importorskip("scipy.stats")
     a, b = [0.1, 0.5, 0.3, 0.9], [0.2, 0.1, 0.15]
     expected = stats.ttest_ind(a, b, equal_var=False)
@@ -83,12 +83,9 @@ def test_pooled_is_welchs_interval():
     assert high - mean == pytest.approx(quantile * mean / expected.statistic)
     assert pooled([1, 1], [a, [1.0]])["low"] is None
 
-
-def test_how_many_seeds_a_difference_needs():
-    found = paired({s: 0.01 * (-1) ** s for s in range(4)}, dict.fromkeys(range(4), 0.0))
-    n, deviation = seeds_needed(found), statistics.stdev([0.01, -0.01, 0.01, -0.01])
-    assert evidence.t_975(n - 1) * deviation / math.sqrt(n) <= 0.005
-    assert evidence.t_975(n - 2) * deviation / math.sqrt(n - 1) > 0.005
+    n = seeds_needed(paired(dict(enumerate(a)), dict.fromkeys(range(4), 0.0)), 0.1)
+    assert evidence.t_975(n - 1) * statistics.stdev(a) / math.sqrt(n) <= 0.1
+    assert evidence.t_975(n - 2) * statistics.stdev(a) / math.sqrt(n - 1) > 0.1
     assert seeds_needed(None) is None
 
 
@@ -134,8 +131,7 @@ def test_the_tracks_rule():
         assert judge(rule, {"own": {**found, "seeds": 4}}) == "not run with 5 seeds yet"
 
 
-# ------------------------------------------------------------------------------------------------
-# the study file, its cells and their rates
+# ---- the study file, its cells and their rates ---------------------------------------------------
 
 def test_best_rate():
     study = tiny_study(rows={"a": {}, "b": {}})
@@ -149,6 +145,7 @@ def test_best_rate():
 
 
 def test_two_phases():
+    """First the rates, of a large model on shorter runs, then the seeds."""
     study, paper = tiny_study(), tiny_study(protocol="paper")
     grid = study.tuning_cells(study.rows)
     assert grid == [("m", row, rate, 1, False) for row in "ab" for rate in (1e-3, 2e-3)]
@@ -160,15 +157,12 @@ def test_two_phases():
     figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
     assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
 
-
-def test_a_model_can_be_tuned_on_shorter_runs():
-    study = load_study(FIGURE_6, "long")
-    cell, *_ = study.tuning_cells(study.rows)
-    steps = [study.keys(cell._replace(tuning=tuning))["max_iters"] for tuning in (True, False)]
-    assert cell.tuning and steps == [1050, 4200]
-    for tuning, best in ((True, 4e-3), (False, None)):
-        losses = {Cell("0.11M", "baseline", r, 1, tuning): r for r in (4e-3, 8e-3, 16e-3)}
-        assert best_rate(losses, study, "0.11M", "baseline") == best
+    long = load_study(FIGURE_6, "long")
+    grid = long.tuning_cells(["baseline"])[:3]
+    for tuning, steps, best in ((True, 1050, 4e-3), (False, 4200, None)):
+        cells = [cell._replace(tuning=tuning) for cell in grid]
+        assert {long.keys(cell)["max_iters"] for cell in cells} == {steps}
+        assert best_rate({c: c.learning_rate for c in cells}, long, "0.11M", "baseline") == best
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
@@ -205,8 +199,7 @@ def test_an_idea_is_a_row_of_the_track(tmp_path):
         load_study(SMOKE, "cpu", idea)
 
 
-# ------------------------------------------------------------------------------------------------
-# run folders
+# ---- run folders ---------------------------------------------------------------------------------
 
 def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **stored):
     """What train.py leaves, without training."""
@@ -321,8 +314,7 @@ def test_norms_of_matrices_are_found_by_a_part_of_their_name(tmp_path):
     assert curves(log, ()) == {"curve": []}
 
 
-# ------------------------------------------------------------------------------------------------
-# running
+# ---- running -------------------------------------------------------------------------------------
 
 def places(folder):
     return [f"--out={folder}/runs", f"--results={folder}/results"]
@@ -498,8 +490,7 @@ def test_what_cannot_be_met_is_refused_before_any_run(request_, says, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-# ------------------------------------------------------------------------------------------------
-# results, tables, docs
+# ---- results, tables, docs -----------------------------------------------------------------------
 
 def rounded(value):
     return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 9))
