@@ -306,24 +306,20 @@ def test_hessian_of_the_coordinate_loss():
 
 
 def test_what_sharpness_does_to_sgds_descent():
-    """Appendix C.2.2 on a quadratic loss: the mean over every noise of a finite set is exact, each
-    noise term is Tr(H C) or bounds it, and the descent lemma holds."""
+    """Appendix C.2.2 on ½xᵀHx: the mean over every noise of a finite set is exact, each noise term
+    is Tr(H C) or bounds it, and the descent lemma holds."""
     n, lr, sigma2 = 5, 0.03, 0.7
-    A, half, minimum, theta = draw((n, n), (n, n), (n,), (n,), seed=1)
-    H = A @ A.T  # positive definite
+    A, half, x = draw((n, n), (n, n), (n,), seed=1)
+    H, C = A @ A.T, half.T @ half
+    noises = torch.cat((half, -half)) * n ** 0.5  # of mean 0 and covariance C
+    after = x - lr * (H @ x + noises)
+    change = 0.5 * ((after @ H) * after).sum(-1).mean() - 0.5 * x @ H @ x
+    close(change, theory.sgd_descent(H @ x, H, C, lr))
 
-    def loss(x):
-        return 0.5 * (x - minimum) @ H @ (x - minimum)
-    [gradient] = gradients(loss, [theta])
-    noises = torch.cat((half, -half)) * n ** 0.5  # of mean 0 and covariance halfᵀ half
-    C = half.T @ half
-    mean = torch.stack([loss(theta - lr * (gradient + xi)) for xi in noises]).mean()
-    close(mean - loss(theta), theory.sgd_descent(gradient, H, C, lr))
-
-    quiet = theory.sgd_descent(gradient, H, torch.zeros(n, n), lr)
-    assert quiet <= -lr * (1 - lr * torch.linalg.eigvalsh(H)[-1] / 2) * gradient.square().sum()
+    quiet = theory.sgd_descent(H @ x, H, 0 * C, lr)
+    assert quiet <= -lr * (1 - lr * torch.linalg.eigvalsh(H)[-1] / 2) * (H @ x).square().sum()
     for kind, covariance in (("isotropic", sigma2 * torch.eye(n)), ("aligned", sigma2 * H)):
-        price = theory.sgd_descent(gradient, H, covariance, lr) - quiet
+        price = theory.sgd_descent(H @ x, H, covariance, lr) - quiet
         close(price, lr ** 2 / 2 * theory.NOISE_TERMS[kind](H, sigma2))
 
     bound = theory.NOISE_TERMS["bounded"](H, C.trace())
@@ -433,17 +429,15 @@ def test_an_output_norm_under_decay():
 
 # ---- the figures ---------------------------------------------------------------------------------
 
-def test_sharing_wins_in_agreement_and_heterogeneity_in_conflict():
+@pytest.mark.parametrize("conflict", [False, True])
+def test_sharing_wins_in_agreement_and_heterogeneity_in_conflict(conflict):
     """At the start, by the formulas; over the figure's time, by the flow."""
-    one = torch.ones(8)
-    for conflict in (False, True):
-        loss, weights = theory_figures.sharing_problem(conflict)
-        grads = gradients(loss, weights)
-        shared = theory.descent_rate_shared(weights, one, grads)
-        own = theory.descent_rate_heterogeneous(weights, [one, one], grads)
-        assert (own < shared) == conflict
-        _, shared, own = theory_figures.sharing_paths(conflict)
-        assert all((b < a) == conflict for a, b in zip(shared[1:], own[1:]))
+    one, (loss, weights) = torch.ones(8), theory_figures.sharing_problem(conflict)
+    grads = gradients(loss, weights)
+    shared = theory.descent_rate_shared(weights, one, grads)
+    assert (theory.descent_rate_heterogeneous(weights, [one, one], grads) < shared) == conflict
+    _, shared, own = theory_figures.sharing_paths(conflict)
+    assert all((b < a) == conflict for a, b in zip(shared[1:], own[1:]))
 
 
 def test_pre_norm_difference():

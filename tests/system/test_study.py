@@ -332,10 +332,6 @@ def snapshot(folder):
             if p.is_file() and p.name != "lock"}
 
 
-def read_results(folder, name):
-    return json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
 @pytest.mark.slow
 def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     """Real runs, one of them diverging, from another folder and without matplotlib. After Ctrl-C
@@ -364,7 +360,7 @@ scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
     assert main(command) == 0 and snapshot(done) == before
     said += capsys.readouterr().out  # the wild run may have ended before Ctrl-C
     assert "resumes  unified" in said and "diverged: 10 steps in a row" in said
-    results = read_results(tmp_path, "mine_cpu")
+    results = json.loads((tmp_path / "results" / "mine_cpu.json").read_text(encoding="utf-8"))
     assert results["missing"] == 0 and results["devices"]
     baseline, unified, wild = results["runs"]
     assert [tokens for tokens, _ in unified["curve"]] == [0, 6400, 12800]
@@ -377,7 +373,8 @@ scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
     assert main(command) == 0 and snapshot(tmp_path / "runs") == before
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert main(command) == 0 and not list(tmp_path.glob("runs/*"))
-    assert read_results(tmp_path, "mine_cpu")["runs"] == results["runs"]
+    again = json.loads((tmp_path / "results" / "mine_cpu.json").read_text(encoding="utf-8"))
+    assert again["runs"] == results["runs"]
 
 
 def test_it_starts_without_optional_packages():
@@ -397,37 +394,28 @@ def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
         assert child.returncode == -signal.SIGTERM and "no space" in capsys.readouterr().err
 
 
-def test_a_part_can_be_evaluated(tmp_path, capsys):
+def test_a_parts_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys, monkeypatch):
+    """Also where the runs' folders are gone, and for a seed that the study does not ask for."""
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
     arguments = [str(FIGURE_1), *places(tmp_path), "--evaluate"]
-    write_run(tmp_path / "runs" / "one", [CONFIG, "--seed=1", "--learning_rate=0.004"], 1.25)
-    assert main(arguments) == 0
+    path = tmp_path / "results" / "figure_1_necessity_cpu.json"
+    for seed, more in ((1, []), (77, ["--rows=baseline", "--seeds=77"])):
+        write_run(tmp_path / "runs" / "a", [CONFIG, f"--seed={seed}", "--learning_rate=4e-3"], 1.25)
+        assert main([*arguments, *more]) == 0
+        (tmp_path / "runs").rename(tmp_path / f"gone {seed}")
     said = capsys.readouterr().out
     assert "runs of this study, or more, are still to be made" in said
     assert "made by earlier code: baseline" in said
-    results = read_results(tmp_path, "figure_1_necessity_cpu")
-    assert results["runs"][0]["val_loss"] == 1.25 and results["fits"] == []
-    write_run(tmp_path / "runs" / "two", [CONFIG, "--seed=2", "--learning_rate=0.004"])
-    assert main([*arguments, "--rows=baseline", "--seeds=2"]) == 0  # the rest stays
-    seeds = [run["seed"] for run in read_results(tmp_path, "figure_1_necessity_cpu")["runs"]]
-    assert seeds == [1, 2]
-
-
-def test_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
-    monkeypatch.setitem(sys.modules, "study.pictures", None)
-    arguments = [str(FIGURE_1), f"--out={tmp_path}/none", f"--results={tmp_path}", "--evaluate"]
-    path = tmp_path / "figure_1_necessity_cpu.json"
-    keys = {"learning_rate": 0.004, "seed": 77}  # which the study does not ask for
-    settings = digest(RunFolders(tmp_path).find("x", CONFIG, keys).settings)
-    run = {"model": "0.23M", "row": "baseline", **keys, "state": "done", "val_loss": 1.0,
-           "curve": [], "settings": settings, "code": "", "data": "same"}
-    path.write_text(json.dumps({"study": "s", "runs": [run]}), encoding="utf-8")
     assert main(arguments) == 0
-    assert json.loads(path.read_text(encoding="utf-8"))["runs"] == [run]
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert [(run["seed"], run["val_loss"]) for run in results["runs"]] == [(1, 1.25), (77, 1.25)]
+    assert results["fits"] == []
+
     for damage, says in (({"settings": "other"}, "with other settings: move them away"),
                          ({"row": "gone"}, "with other settings: move them away"),
                          ({"data": "other"}, "hold runs on other data than this machine has"),
                          (None, f"error: {path} does not hold a study's results")):
+        [run, _] = results["runs"]
         text = json.dumps({"study": "s", "runs": [{**run, **damage}]}) if damage else "[]"
         path.write_text(text, encoding="utf-8")
         assert main(arguments) == 1 and path.read_text(encoding="utf-8") == text
