@@ -80,14 +80,13 @@ def test_grouped_bfloat16_products_are_the_mixtures_formula(keys, width):
     probe = torch.linspace(-1, 2, x.numel()).view_as(x)
 
     def with_gradients(y):
-        gradients = torch.autograd.grad((y * probe).sum(), [x, *layer.parameters()])
-        return torch.cat([t.flatten() for t in (y, *gradients)]), gradients
+        return [y, *torch.autograd.grad((y * probe).sum(), [x, *layer.parameters()])]
 
-    expected, each = with_gradients(reference.mixture(layer, reference.norm(x, 1e-6), config)[0])
-    found, each_found = with_gradients(layer(x.bfloat16())[0].float())
-    assert (found - expected).norm() <= 0.01 * expected.norm()
-    for a, b in zip(each_found, each):  # a β's gradient is a small sum of large terms
-        assert (a - b).norm() <= 0.02 * b.norm() + 1e-3 * expected.norm()
+    expected = with_gradients(reference.mixture(layer, reference.norm(x, 1e-6), config)[0])
+    found = with_gradients(layer(x.bfloat16())[0].float())
+    size = torch.cat([t.flatten() for t in expected]).norm()
+    for a, b in zip(found, expected):  # a β's gradient is a small sum of large terms
+        assert (a - b).norm() <= 0.01 * b.norm() + 1e-3 * size
 
 
 # ---- scale vectors -------------------------------------------------------------------------------

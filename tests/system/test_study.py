@@ -58,10 +58,10 @@ def test_paired_is_scipys_interval():
     rng = random.Random(0)
     a, b = ({s: rng.gauss(1.5, 0.1) for s in range(6)} for _ in range(2))
     found = paired(a, {**b, 17: 3.0})  # a seed that only one side has does not count
-    expected = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
-    assert found["seeds"] == 6
-    assert found["difference"] == pytest.approx(statistics.mean(a[s] - b[s] for s in a))
-    assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=1e-6)
+    low, high = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
+    mean = statistics.mean(a[s] - b[s] for s in a)
+    expected = {"difference": mean, "low": low, "high": high, "seeds": 6}
+    assert found == pytest.approx(expected, abs=1e-6)
     quantiles = [stats.t.ppf(0.975, freedom) for freedom in range(1, 30)]
     assert evidence.T_975 == pytest.approx(quantiles, abs=5e-5)
     assert evidence.t_975(500) == evidence.T_975[-1]
@@ -189,8 +189,7 @@ def test_an_idea_is_a_row_of_the_track(tmp_path):
 
     studies = [load_study(TRACK, "cpu", {**idea, "scale_reparam": reparam})
                for reparam in ("original", "exponential")]
-    assert ("yours", "unified") in studies[0].comparisons
-    assert studies[0].name != studies[1].name
+    assert ("yours", "unified") in studies[0].comparisons and studies[0].name != studies[1].name
     named = load_study(TRACK, "cpu", idea, name="mine", steps=400)
     assert named.rule == {}  # short runs prove nothing
     assert named.name == "track_mine_400_steps" and named.title.endswith("shortened to 400 steps")
@@ -203,15 +202,16 @@ def test_an_idea_is_a_row_of_the_track(tmp_path):
 
 def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **stored):
     """What train.py leaves, without training."""
-    folder.mkdir(parents=True)
     settings = to_dict(load_config([str(ROOT / arguments[0]), *arguments[1:]]))
-    (folder / "config.json").write_text(json.dumps({**settings, **stored}), encoding="utf-8")
+    files = {"config.json": {**settings, **stored}}
     if finished:
-        summary = {"val_loss": val_loss, "steps": 1, "tokens": 8, "params": 9, "scale_params": 1,
-                   "seconds": 1.0}
-        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        files["summary.json"] = {"val_loss": val_loss, "steps": 1, "tokens": 8, "params": 9,
+                                 "scale_params": 1, "seconds": 1.0}
     if made_by:
-        (folder / "made_by.json").write_text(json.dumps({"code": made_by}), encoding="utf-8")
+        files["made_by.json"] = {"code": made_by}
+    folder.mkdir(parents=True)
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values), encoding="utf-8")
 
 
 def test_a_run_is_known_by_its_settings(tmp_path):
@@ -305,12 +305,12 @@ def test_norms_of_matrices_are_found_by_a_part_of_their_name(tmp_path):
     """Whatever stands between. A norm that was not finite is left out."""
     norms = {"2.attn.q.weight": 2.0, "2.attn.qkv.weight.k": 3.0, "2.attn.o.weight": 4.0,
              "1.attn.q.weight": 5.0, "2.attn.v.weight": None}
-    records = [{"event": "matrix", "step": 0, "name": f"layers.{name}", "norm": norm}
-               for name, norm in norms.items()]
     log = tmp_path / "log.jsonl"
-    log.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    norms = {"q": [[0, 2.0]], "k": [[0, 3.0]]}
-    assert curves(log, ("layers.2.attn.", ("q", "k", "v"))) == {"curve": [], "norms": norms}
+    log.write_text("\n".join(
+        json.dumps({"event": "matrix", "step": 0, "name": f"layers.{name}", "norm": norm})
+        for name, norm in norms.items()), encoding="utf-8")
+    found = {"q": [[0, 2.0]], "k": [[0, 3.0]]}
+    assert curves(log, ("layers.2.attn.", ("q", "k", "v"))) == {"curve": [], "norms": found}
     assert curves(log, ()) == {"curve": []}
 
 
@@ -500,14 +500,12 @@ def test_committed_summaries_follow_from_their_runs(path):
     assert as_text(results) == path.read_text(encoding="utf-8")
 
 
-def test_docs_and_readme_hold_the_results_tables():
+def test_the_pages_hold_the_results_tables():
+    """A sentence of docs/studies.md may quote a number of the table that stands in its section, and
+    no other."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         assert tables.fill(text) == text, f"{path.name}: run `python -m study.run --docs`"
-
-
-def test_every_difference_in_the_studies_page_is_in_its_table():
-    """A sentence may quote a number of the table that stands in its section, and no other."""
     page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
     for section in re.split(r"^#+ ", page, flags=re.MULTILINE):
         prose, table = tables.BLOCK.sub("", section), " ".join(
