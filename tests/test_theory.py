@@ -1,8 +1,8 @@
 """
 Proves theory/theorems.py in float64. Every formula that holds at a point: against autograd at
-random points of a random curved loss, and on the real GPT. Every theorem: along integrated gradient
-flows of many random teachers at once, with the conditions it needs, and a counterexample where they
-are not met. The stochastic theorem: by simulation, against the exact identities of its proof.
+random points of a curved loss, and on the real GPT. Every theorem: along integrated gradient flows
+of many random teachers at once, with the conditions it needs, and a counterexample where they are
+not met. The stochastic theorem: by simulation, against the exact identities of its proof.
 """
 import pytest
 import torch

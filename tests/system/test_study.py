@@ -445,7 +445,7 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
     assert len(after) == 2 * (2 + 3) and sum("--learning_rate=0.002" in a for a in after) == 2 * 4
 
 
-@pytest.mark.parametrize("request_, says", [
+@pytest.mark.parametrize("given, says", [
     # lines that make a study malformed
     ("import sys; sys.exit(0)", "does not run: SystemExit"),
     ("raise OSError('two\\nlines')", "does not run: OSError: two"),
@@ -469,10 +469,10 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
     ([SMOKE, "--rows=x"], "no row 'x'"),
     ([SMOKE, "--redo=x"], "no row 'x'"),
     ([TRACK, "--on=x"], "no such row")])
-def test_what_cannot_be_met_is_refused_before_any_run(request_, says, tmp_path, capsys):
-    if isinstance(request_, str):
-        request_ = [smoke_and(request_, tmp_path)]
-    assert main([*map(str, request_), *places(tmp_path)]) == 1
+def test_what_cannot_be_met_is_refused_before_any_run(given, says, tmp_path, capsys):
+    if isinstance(given, str):
+        given = [smoke_and(given, tmp_path)]
+    assert main([*map(str, given), *places(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
