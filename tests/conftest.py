@@ -42,6 +42,14 @@ def tiny_gpt(dtype=torch.float32, seed=0, **keys):
     return GPT(GPTConfig(**{**TINY, **keys})).to(dtype)
 
 
+class WithIdle(GPT):
+    """A fork's model, with a matrix that the forward pass forgets."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers[0].idle = torch.nn.Parameter(torch.ones(2, 2))
+
+
 def randomize_scales(model, seed=1):
     """Move every scale vector away from all ones, as training does."""
     generator = torch.Generator().manual_seed(seed)
@@ -119,12 +127,10 @@ def launch(*args, processes=0, restarts=0, **kwargs):
                             **pipes)
 
 
-def wait_for_step(process, step):
-    """Read what a run prints up to the line of this step."""
-    for line in process.stdout:
-        if line.startswith("step") and f" {step}/" in line:
-            return
-    raise AssertionError(process.stderr.read())
+def wait_for(process, text):
+    """Read what a run prints up to the first line that holds this text, such as " 3/" for step 3."""
+    if not any(text in line for line in process.stdout):
+        raise AssertionError(process.stderr.read())
 
 
 # -------------------------------------------------------------------------------------------------

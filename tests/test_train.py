@@ -4,7 +4,6 @@ two however the batch is cut, validation reads the same windows, and a stopped r
 undisturbed one bit for bit.
 """
 import json
-import os
 import signal
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ from conftest import (
     ROOT,
     SMALL,
     UNIFIED_CONFIG,
+    WithIdle,
     losses,
     read_log,
     same_runs,
@@ -31,15 +31,28 @@ from lib.config import load_config, meta_model, to_dict
 from lib.data import Dataset, window_numbers
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
-from optim import learning_rate, make_optimizer, param_groups
+from optim import learning_rate
 from train import EXIT_STOPPED, evaluate, training_step
 
 MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
 # can stop at any step and go on; the balance loss is each process's own
-CONSTANT = [*MIXTURE, "--optimizer=muon", "--load_balance_coef=0", "--schedule=wsd",
-            "--decay_share=0", "--eval_interval=4"]
+CONSTANT = [*MIXTURE, "--n_dense_layer=1", "--optimizer=muon", "--load_balance_coef=0",
+            "--schedule=wsd", "--decay_share=0", "--eval_interval=4", "--log_interval=5"]
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cpu"),
-                              sum=lambda values: values.tolist())
+                              dtype=torch.float32, sum=lambda values: values.tolist())
+
+
+def batches_of(dataset, config, sequences=0):
+    return program.Batches(Dataset(dataset, 32).train, config, ONE_PROCESS, sequences)
+
+
+@pytest.fixture(scope="module")
+def mixture(dataset, tmp_path_factory):
+    """A whole run of a mixture: its folder and its configuration."""
+    out = tmp_path_factory.mktemp("mixture")
+    args = [UNIFIED_CONFIG, *start(out, dataset, *CONSTANT)]
+    trained(*args)
+    return out, load_config(args)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -70,26 +83,23 @@ def test_run_folder(undisturbed, dataset):
                                                "log.jsonl", "summary.json"}
     assert "a sample" in printed and f"python -m study.report {out}" in printed
 
-
-def test_the_first_progress_line_promises_nothing(undisturbed):
-    """Its step may hold minutes of compilation: no rate and no time left before the second."""
-    first, second = [line for line in undisturbed[1].splitlines() if "grad_norm" in line][:2]
+    # the first step may hold minutes of compilation: no rate and no time left before the second
+    first, second = [line for line in printed.splitlines() if "grad_norm" in line][:2]
     assert first.startswith("step      0/12") and "tokens/s" not in first and "left" not in first
     assert "tokens/s" in second and second.endswith(" left")
 
 
-def test_scale_and_matrix_events(dataset, tmp_path):
+def test_scale_and_matrix_events(mixture):
     """Every scale vector and every matrix, at each evaluation: γ = 1 at the start, and at the end
     the statistics of what the checkpoint holds."""
-    args = [UNIFIED_CONFIG, *start(tmp_path, dataset, *MIXTURE, "--eval_interval=12")]
-    trained(*args)
-    model = GPT(load_config(args).model)
-    model.load_state_dict(newest_checkpoint(tmp_path)[1]["model"])
+    out, config = mixture
+    model = GPT(config.model)
+    model.load_state_dict(newest_checkpoint(out)[1]["model"])
     scales = dict(named_scale_vectors(model))
     vectors = {p for m in model.modules() if isinstance(m, ScaleVector) for p in m.parameters()}
     matrices = {name: p for name, p in model.named_parameters() if p not in vectors}
-    steps = [r["step"] for r in read_log(tmp_path, "eval")]
-    by_scale, by_matrix = read_log(tmp_path, "scale"), read_log(tmp_path, "matrix")
+    steps = [r["step"] for r in read_log(out, "eval")]
+    by_scale, by_matrix = read_log(out, "scale"), read_log(out, "matrix")
     assert [(r["step"], r["name"]) for r in by_scale] == [(s, n) for s in steps for n in scales]
     assert [(r["step"], r["name"]) for r in by_matrix] == [(s, n) for s in steps for n in matrices]
     for r in by_scale[:len(scales)]:
@@ -105,14 +115,12 @@ def test_scale_and_matrix_events(dataset, tmp_path):
         assert r["norm"] == pytest.approx(matrices[r["name"]].detach().norm().item(), rel=1e-5)
 
 
-def test_the_first_step_is_the_models(dataset, tmp_path):
+def test_the_first_step_is_the_models(mixture, dataset):
     """The first step's loss and routers, and the first validation loss, against the model's own
     forward passes: over two micro-batches, and over the validation windows."""
-    args = start(tmp_path, dataset, *MIXTURE, "--n_dense_layer=1", "--max_iters=5",
-                 "--log_interval=2")
-    trained(*args)
-    events, config = read_log(tmp_path, "router"), load_config(args)
-    assert [(r["step"], r["layer"]) for r in events] == [(0, 1), (2, 1), (4, 1)]
+    out, config = mixture
+    events = read_log(out, "router")
+    assert [(r["step"], r["layer"]) for r in events] == [(0, 1), (5, 1), (10, 1), (11, 1)]
     torch.manual_seed(config.seed)
     model, opened, loss, stats = GPT(config.model), Dataset(dataset, 32), 0, 0
     for half in range(2):
@@ -123,15 +131,16 @@ def test_the_first_step_is_the_models(dataset, tmp_path):
     found = [first["balance_loss"], first["z_loss"], *first["load"]]
     assert found == pytest.approx(stats.tolist(), rel=1e-5)
     assert first["load_max"] == max(first["load"]) and first["load_min"] == min(first["load"])
-    assert losses(tmp_path)[0] == pytest.approx(loss, abs=1e-6)
+    assert losses(out)[0] == pytest.approx(loss, abs=1e-6)
     x, y = map(torch.tensor, opened.val[[i * len(opened.val) // 16 for i in range(16)]])
-    val_loss = read_log(tmp_path, "eval")[0]["val_loss"]
+    val_loss = read_log(out, "eval")[0]["val_loss"]
     assert val_loss == pytest.approx(model.eval()(x, y)[1].item(), abs=1e-5)
 
 
 def test_builtin_dataset_is_made_when_missing(tmp_path, monkeypatch):
+    """And the largest seed trains."""
     monkeypatch.chdir(tmp_path)
-    printed = trained(*SMALL, "--max_iters=3", "--eval_windows=8", "--out_dir=out")
+    printed = trained(*SMALL, "--max_iters=3", "--out_dir=out", f"--seed={2 ** 63 - 1}")
     assert "preparing data/stdlib" in printed
     Dataset(tmp_path / "data" / "stdlib", 32, verify=True)
 
@@ -151,7 +160,7 @@ def test_the_step_is_that_of_the_whole_batch(dataset, tmp_path, kind):
     ours, theirs = GPT(config.model).double(), GPT(config.model).double()
     theirs.load_state_dict(ours.state_dict())
     sgd = torch.optim.SGD([{"params": ours.parameters(), "lr_scale": 1.0}], lr=1.0)
-    batches = program.Batches(split, config, ONE_PROCESS, sequences=24)
+    batches = batches_of(dataset, config, sequences=24)
     loss, norm, stop, routers = training_step(ours, ours, sgd, batches, 0.1, 0.05, ONE_PROCESS,
                                               stop=False)
 
@@ -172,27 +181,21 @@ def test_the_step_is_that_of_the_whole_batch(dataset, tmp_path, kind):
 
 
 def test_no_update_from_a_gradient_that_is_not_finite(dataset, tmp_path):
+    """And half an update is not saved: the optimizer fails after it has moved some weights, at the
+    last one, whose moment is too small."""
     config = load_config(start(tmp_path, dataset))
-    model = GPT(config.model)
-    sgd = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=1.0)
-    model.embedding.weight.register_hook(lambda grad: grad * float("nan"))
+    run = program.set_up(config, ONE_PROCESS, None, SimpleNamespace(bad_steps=0))
+    model, optimizer = run.model, run.optimizer
+    step = (model, model, optimizer, batches_of(dataset, config), 0.1, 1.0, ONE_PROCESS, False)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    batches = program.Batches(Dataset(dataset, 32).train, config, ONE_PROCESS, sequences=0)
-    loss, norm, _, _ = training_step(model, model, sgd, batches, 0.1, 1.0, ONE_PROCESS, stop=False)
+    hook = model.embedding.weight.register_hook(lambda grad: grad * float("nan"))
+    loss, norm, _, _ = training_step(*step)
     assert np.isfinite(loss) and not np.isfinite(norm)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
-
-def test_half_an_update_is_not_saved(dataset, tmp_path):
-    """The optimizer fails after it has moved some weights: the last one's moment is too small."""
-    config = load_config(start(tmp_path, dataset))
-    model = GPT(config.model)
-    optimizer = make_optimizer(param_groups(model, 0.1))
-    batches = program.Batches(Dataset(dataset, 32).train, config, ONE_PROCESS, sequences=0)
-    run = SimpleNamespace(optimizer=optimizer, step=1, saved=0, log=SimpleNamespace(bad_steps=0))
-    step = (model, model, optimizer, batches, 0.1, 1.0, ONE_PROCESS, False)
+    hook.remove()
     training_step(*step)
-    last = optimizer.param_groups[-1]["params"][-1]
+    run.step, last = 1, optimizer.param_groups[-1]["params"][-1]
     optimizer.state[last]["exp_avg"] = torch.zeros(7, 7)
     with pytest.raises(RuntimeError):
         training_step(*step)
@@ -262,37 +265,25 @@ def two(undisturbed, dataset, tmp_path_factory):
 
 
 def test_one_process_equals_two_however_the_batch_is_cut(undisturbed, two):
-    """The undisturbed run's micro-batches of 4 on one process, and of 2 on two."""
+    """The undisturbed run's micro-batches of 4 on one process, and of 2 on two, where gradients are
+    averaged once a step, not once for each of its two micro-steps."""
     folder, outcomes = two
     assert [o["small"][0] for o in outcomes] == [0, 0]
     assert outcomes[1]["small"][1:] == ["", ""]  # only the main process prints
+    assert [o["averaged"] for o in outcomes] == [12, 12]
     same_losses(folder / "small", undisturbed[0])
 
 
-def test_a_run_on_two_processes_resumes_bit_for_bit(two):
-    """On one: see below."""
-    same_runs(two[0] / "half", two[0] / "mixture")
-
-
-def test_a_mixture_on_two_processes(two, dataset, tmp_path):
-    trained(UNIFIED_CONFIG, *start(tmp_path, dataset, *CONSTANT))
-    same_losses(two[0] / "mixture", tmp_path, tolerance=1e-4)  # bfloat16 magnifies rounding
-    a, b = (read_log(out, "router")[0]["load"] for out in (two[0] / "mixture", tmp_path))
+def test_a_mixture_on_two_processes(mixture, two):
+    """It equals one process, and resumes bit for bit."""
+    same_losses(two[0] / "mixture", mixture[0], tolerance=1e-4)  # bfloat16 magnifies rounding
+    a, b = (read_log(out, "router")[0]["load"] for out in (two[0] / "mixture", mixture[0]))
     assert a == pytest.approx(b, abs=1e-6)
-
-
-def test_gradients_are_averaged_once_a_step(two):
-    """Not once for each of its three micro-steps."""
-    assert [outcome["averaged"] for outcome in two[1]] == [[1] * 4] * 2
+    same_runs(two[0] / "half", two[0] / "mixture")
 
 
 def test_a_parameter_without_a_gradient_is_named(two, dataset, tmp_path, monkeypatch):
     """On two processes and on one; it has no moments, and the run resumes without them."""
-    class WithIdle(GPT):
-        def __init__(self, config):
-            super().__init__(config)
-            self.layers[0].idle = torch.nn.Parameter(torch.ones(2, 2))
-
     monkeypatch.setattr(program, "GPT", WithIdle)
     args = [UNIFIED_CONFIG, *start(tmp_path, dataset), "--resume"]
     for printed in (two[1][0]["idle"][1], trained(*args, "--max_iters=3"), trained(*args)):
@@ -349,22 +340,24 @@ def at_step(monkeypatch, step, action):
                         (action() if s == step else None) or original(s, config))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stopped_run_resumes_bit_for_bit(dataset, tmp_path, monkeypatch, number):
-    kind = {signal.SIGTERM: ["--optimizer=muon", *MIXTURE], signal.SIGINT: MIXTURE,
-            signal.SIGHUP: ["--schedule=wsd"]}[number]
-    args = [*kind, "--max_iters=12", "--checkpoint_interval=5"]
-    trained(UNIFIED_CONFIG, *start(tmp_path / "straight", dataset, *args))
-    stopped = [UNIFIED_CONFIG, *start(tmp_path / "stopped", dataset, *args), "--resume"]
-    handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        at_step(patch, 7, lambda: os.kill(os.getpid(), number))
-        status, printed, _ = train(*stopped)  # nothing is there yet: it starts
-    assert status == EXIT_STOPPED and signal.getsignal(number) == handler
-    assert "stopped by a signal after 8 steps, and saved: continue with --resume" in printed
-    assert newest_checkpoint(tmp_path / "stopped")[1]["step"] == 8
-    assert "at step 8" in trained(*stopped)
-    same_runs(tmp_path / "straight", tmp_path / "stopped")
+def test_a_stopped_run_resumes_bit_for_bit(mixture, dataset, tmp_path, monkeypatch):
+    """Stopped three times, by each signal once. In the end SIGHUP is ignored, as under nohup."""
+    args = [UNIFIED_CONFIG, *start(tmp_path, dataset, *CONSTANT), "--resume"]  # at first it starts
+    for step, number in ((2, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGHUP)):
+        handler = signal.getsignal(number)
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda number=number: signal.raise_signal(number))
+            status, printed, _ = train(*args)
+        assert status == EXIT_STOPPED and signal.getsignal(number) == handler
+        done = f"stopped by a signal after {step + 1} steps, and saved: continue with --resume"
+        assert done in printed and newest_checkpoint(tmp_path)[1]["step"] == step + 1
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(monkeypatch, 10, lambda: signal.raise_signal(signal.SIGHUP))
+    try:
+        assert "at step 9" in trained(*args)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    same_runs(mixture[0], tmp_path)
 
 
 def test_a_fork_with_random_numbers_resumes_exactly(dataset, tmp_path, monkeypatch):
@@ -376,12 +369,10 @@ def test_a_fork_with_random_numbers_resumes_exactly(dataset, tmp_path, monkeypat
     monkeypatch.setattr(model.MLP, "forward", lambda self, *a: torch.nn.functional.dropout(
         forward(self, *a), 0.2, self.training))
     constant = ["--schedule=wsd", "--decay_share=0", "--resume"]
-    for name, stops in (("straight", [8]), ("stopped", [3, 8])):
-        for steps in stops:
-            trained(*start(tmp_path / name, dataset, *constant, f"--max_iters={steps}"))
-    trained(*start(tmp_path / "again", dataset, *constant, "--max_iters=8", "--recompute=True"))
+    for name, *more in (("straight", "--max_iters=8"), ("stopped", "--max_iters=3"),
+                        ("stopped", "--max_iters=8", "--recompute=True")):
+        trained(*start(tmp_path / name, dataset, *constant, *more))
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
     before = read_log(tmp_path / "straight", "eval")  # evaluations draw none
     trained(*start(tmp_path / "straight", dataset, *constant, "--max_iters=8"))
     assert read_log(tmp_path / "straight", "eval") == before
-    assert losses(tmp_path / "straight") == losses(tmp_path / "again")
