@@ -128,7 +128,7 @@ def launch(*args, processes=0, restarts=0, **kwargs):
 
 
 def wait_for(process, text):
-    """Read what a run prints up to the first line that holds this text, such as " 3/" for step 3."""
+    """Read what a run prints up to the first line that holds this text, such as " 3/": step 3."""
     if not any(text in line for line in process.stdout):
         raise AssertionError(process.stderr.read())
 

@@ -7,13 +7,12 @@ import json
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, UNIFIED_CONFIG, refused, tiny_batch
+from test_train import ONE_PROCESS
 
-from lib import config as config_file
 from lib.config import FIELDS, load_config, meta_model, share_batch, to_dict, tokens_per_step
-from model import GPT
-from optim import learning_rate, make_optimizer, param_groups, set_learning_rate
+from optim import learning_rate, set_learning_rate
+from train import set_up
 
 SHORT = ["--max_iters=500"]  # nothing to work out
 
@@ -31,7 +30,6 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--learning_rate=-1"], "learning_rate=-1.0 must be at least 0"),
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
     (["--seed=9223372036854775808"], "seed=9223372036854775808 must be between 0 and"),
-    (["--max_iters=9223372036854775807"], "max_iters=9223372036854775807 must be between 0 and"),
     (["--beta1=1"], "beta1=1.0 must be between 0 and 1"),
     (["--optimizer=adam"], "optimizer='adam' is unknown: choose one of adamw, muon; did you mean "
                            "adamw?"),
@@ -54,9 +52,6 @@ def test_no_configuration():
 
 @pytest.mark.parametrize("text, message", [
     ("n_layr = 3", "unknown key 'n_layr' in {}; did you mean n_layer? (a name of your own starts"),
-    ("n_layer = '3'", "n_layer='3' is of the wrong type"),
-    ("n_layer = ", "{} does not run: SyntaxError"),
-    ("from configs.missing import *", "{} does not run: ModuleNotFoundError"),
     ("raise RuntimeError('a\\nb')", "{} does not run: RuntimeError: a"),
     ("exit()", "{} does not run: SystemExit"),
     ("n_layer = 3\nlearning_rate: 1e-5",
@@ -85,20 +80,14 @@ def test_config_files_are_python(tmp_path):
     assert type(config.learning_rate) is float and type(config.max_iters) is int
 
 
-def test_a_config_imports_its_neighbour(tmp_path):
-    """In a folder outside the repository."""
-    (tmp_path / "my_base.py").write_text("n_layer = 3\nmax_iters = 500\n", "utf-8")
-    (tmp_path / "mine.py").write_text("from my_base import *\nn_embd = 96\n", "utf-8")
-    model = load_config([str(tmp_path / "mine.py")]).model
-    assert (model.n_layer, model.n_embd) == (3, 96) and str(tmp_path) not in sys.path
-
-
-def test_home_folder(tmp_path, monkeypatch):
+def test_a_config_imports_its_neighbour(tmp_path, monkeypatch):
+    """In a folder outside the repository, here the home folder, which ~ stands for."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine.py").write_text("out_dir = '~/out'\nmax_iters = 500\n", "utf-8")
+    (tmp_path / "my_base.py").write_text("n_layer = 3\nmax_iters = 500\n", "utf-8")
+    (tmp_path / "mine.py").write_text("from my_base import *\nout_dir = '~/out'\n", "utf-8")
     config = load_config(["~/mine.py", "--dataset=~/data"])
+    assert config.model.n_layer == 3 and str(tmp_path) not in sys.path
     assert (config.out_dir, config.dataset) == (f"{tmp_path}/out", f"{tmp_path}/data")
-    assert not (ROOT / "~").exists()
 
 
 def test_config_json_given_back_as_keys_is_the_same_configuration():
@@ -110,26 +99,21 @@ def test_config_json_given_back_as_keys_is_the_same_configuration():
     assert config.model.d_ff == 64 and config.model.init_std == 24 ** -0.5
 
 
-def test_a_warmup_longer_than_the_run_becomes_a_tenth_of_it():
-    for steps, warmup in ((500, 100), (100, 100), (99, 9), (12, 1), (3, 1)):
+def test_what_the_other_keys_leave_open():
+    """A warmup longer than the run becomes a tenth of it; where the schedule ends; how long the run
+    is, from tokens_per_param."""
+    for steps, warmup in ((100, 100), (99, 9), (3, 1)):
         assert load_config([f"--max_iters={steps}", "--warmup_iters=100"]).warmup_iters == warmup
-
-
-def test_where_the_schedule_ends():
-    assert load_config(["--learning_rate=4e-3", *SHORT]).min_lr == 4e-3 / 20
-    assert load_config(["--learning_rate=4e-3", "--schedule=wsd", *SHORT]).min_lr == 0
-    for given in (0, 1e-5):
-        assert load_config([f"--min_lr={given}", *SHORT]).min_lr == given
-
-
-def test_length_from_tokens_per_param():
+    for keys, min_lr in (([], 4e-3 / 20), (["--schedule=wsd"], 0), (["--min_lr=1e-5"], 1e-5),
+                         (["--min_lr=0"], 0)):
+        assert load_config(["--learning_rate=4e-3", *SHORT, *keys]).min_lr == min_lr
     config = load_config(["--n_layer=2", "--n_embd=64", "--n_head=2"])
     budget, tokens = 100 * meta_model(config).num_params(), tokens_per_step(config)  # the paper's
     assert (config.max_iters - 1) * tokens < budget <= config.max_iters * tokens
 
 
 def test_share_batch():
-    config = config_file.TrainConfig(batch_size=4, gradient_accumulation_steps=6, max_iters=500)
+    config = load_config(["--batch_size=4", "--gradient_accumulation_steps=6", *SHORT])
     shares = {1: (4, 6), 2: (4, 3), 3: (4, 2), 4: (3, 2), 6: (4, 1), 8: (3, 1)}
     assert {n: share_batch(config, n) for n in shares} == shares
     for n in (5, 7, 48):
@@ -137,30 +121,22 @@ def test_share_batch():
             share_batch(config, n)
 
 
-CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", CONFIGS)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_trains_a_step_at_a_reduced_shape(path):
     """The file's own variant, optimizer, decay and schedule, on a model of one narrow layer: every
     parameter moves. As it stands, it asks for some steps of a model that can be built."""
-    whole = load_config([str(ROOT / path)])
+    whole = load_config([str(path)])
     assert whole.max_iters > 0 and meta_model(whole)
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=16",
              "--vocab_size=61", "--max_iters=2000"]
     if whole.model.n_expert:
         small += ["--d_expert=21", "--d_shared_expert=40"]
-    config = load_config([str(ROOT / path), *small])
-    torch.manual_seed(0)
-    model = GPT(config.model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    groups = param_groups(model, config.weight_decay, config.scale_weight_decay,
-                          config.decay_embeddings, config.scale_lr)
-    optimizer = make_optimizer(groups, config.optimizer, config.learning_rate,
-                               (config.beta1, config.beta2), config.muon_momentum)
-    set_learning_rate(optimizer, learning_rate(config.warmup_iters, config))
-    loss = model(*tiny_batch(batch=16))[1]
-    (loss + model.auxiliary_loss()).backward()
-    optimizer.step()
+    config = load_config([str(path), *small])
+    run = set_up(config, ONE_PROCESS, dataset=None, log=None)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    set_learning_rate(run.optimizer, learning_rate(config.warmup_iters, config))
+    loss = run.model(*tiny_batch(batch=16))[1]
+    (loss + run.model.auxiliary_loss()).backward()
+    run.optimizer.step()
     assert loss.isfinite()
-    assert all((p != before[name]).any() for name, p in model.named_parameters())
+    assert all((p != before[name]).any() for name, p in run.model.named_parameters())

@@ -4,7 +4,6 @@ each is put where the text says, its test passes, and each new entry keeps to on
 every file, module, config key and link that a page names exists.
 """
 import importlib.util
-import os
 import re
 import sys
 
@@ -135,14 +134,10 @@ def test_a_llama_is_saved_and_loaded(namespace, tmp_path):
 
 # ---- the README ----------------------------------------------------------------------------------
 
-def test_the_readmes_fork_is_the_first_of_docs_fork():
-    """Which test_fork runs."""
-    assert blocks("README.md", "Fork it") == blocks("docs/fork.md", "A placement")[:1]
-
-
 def test_norms_can_be_copied_alone(namespace):
     """It imports torch and the standard library only. In the README's example of it γ_b decays, γ_a
-    does not, and folding keeps the outputs."""
+    does not, and folding keeps the outputs. Its other example is one that test_fork runs."""
+    assert blocks("README.md", "Fork it") == blocks("docs/fork.md", "A placement")[:1]
     source = (ROOT / "norms.py").read_text(encoding="utf-8")
     modules = set(re.findall(r"^\s*(?:import|from) (\w+)[^\n]*$", source, re.MULTILINE))
     assert modules - sys.stdlib_module_names == {"torch"}
@@ -175,23 +170,21 @@ def test_every_row_of_the_readmes_variants_exists():
 
 # ---- every page ----------------------------------------------------------------------------------
 
-def test_every_file_and_key_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    made = ("data", "out", "exported")  # by the commands of the page
-    folders = "|".join(p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in made)
-    for name in re.findall(rf"(?<![\w/.-])(?:(?:{folders})/[\w/.]*|\w+\.py\b)", text):
-        assert "_X" in name or (ROOT / name.rstrip(".")).exists(), name
-    for key in re.findall(r"`(\w+) = |--((?:scale|qk|post)_\w+)=", text):
-        assert "".join(key) in FIELDS, key
-
-
-@pytest.mark.parametrize("page", ["README.md", *sorted(os.listdir(ROOT / "docs"))])
-def test_every_link_and_command_leads_somewhere(page):
-    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
-    text = path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").iterdir())],
+                         ids=lambda path: path.name)
+def test_every_link_and_command_leads_somewhere(path):
+    """In the README also every file and every key that it names."""
+    text, made = path.read_text("utf-8"), ("data", "out", "exported")  # by the page's commands
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / target).exists(), target
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
     for program in re.findall(r"(?:python|bash) (\w\S*\.(?:py|sh))\b", text):
         assert (ROOT / program).exists(), program
+    if path.name != "README.md":
+        return
+    folders = "|".join(p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in made)
+    for name in re.findall(rf"(?<![\w/.-])(?:(?:{folders})/[\w/.]*|\w+\.py\b)", text):
+        assert "_X" in name or (ROOT / name.rstrip(".")).exists(), name
+    for key in re.findall(r"`(\w+) = |--((?:scale|qk|post)_\w+)=", text):
+        assert "".join(key) in FIELDS, key

@@ -3,6 +3,8 @@ Proves that each map with its scale vectors is its formula (tests/reference.py) 
 weight and for a stack of experts; that maps share a γ or have their own; that a Pre-Norm before DNP
 can be left out; and that weight decay finds the vectors of any model.
 """
+import itertools
+
 import pytest
 import reference
 import torch
@@ -70,12 +72,10 @@ def test_placement(placement):
     """Whole and, under DNP, by heads of 4; and rows that are sorted by expert, each by its expert's
     matrix and vectors, also where one has no rows."""
     x = random(3, 6)
-    for width in (None, 4):
-        m = scaled_linear((8, 6), placement, norm_width=width, eps=0.1)
+    for width, vectors in itertools.product((None, 4), (True, False)):
+        m = scaled_linear((8, 6), placement, vectors=vectors, norm_width=width, eps=0.1)
+        assert vectors or [name for name, _ in m.named_parameters()] == ["weight"]
         close(m(x), reference.linear(m, x, width=width))
-        bare = scaled_linear((8, 6), placement, vectors=False, norm_width=width, eps=0.1)
-        assert [name for name, _ in bare.named_parameters()] == ["weight"]
-        close(bare(x), reference.linear(bare, x, width=width))
     m = scaled_linear((2, 4, 6), placement, eps=0.1)
     for counts in ((2, 1), (0, 3), (3, 0)):
         counts = torch.tensor(counts)

@@ -95,21 +95,11 @@ def test_an_error_in_the_loop_saves_first(undisturbed, dataset, tmp_path, monkey
 
 def test_a_mistake_of_the_program_keeps_its_traceback(dataset, tmp_path, monkeypatch):
     """One line is for what the user can mend. What was trained is saved here too."""
-    def mistaken(*args):
-        raise RuntimeError("size mismatch")
-    monkeypatch.setattr(program, "evaluate", mistaken)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    monkeypatch.delattr(program, "evaluate")
+    with pytest.raises(NameError, match="evaluate"):
         train(*start(tmp_path, dataset, "--eval_interval=0", "--max_iters=3"))
     assert newest_checkpoint(tmp_path)[1]["step"] == 3
     assert not report(RuntimeError("gloo: connection closed"), Process())
-
-
-def test_a_signal_while_steps_are_not_finite_saves_nothing(dataset, tmp_path, monkeypatch):
-    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    status, printed, _ = train(*start(tmp_path, dataset, "--learning_rate=1e30",
-                                      "--warmup_iters=0"))
-    assert status == EXIT_STOPPED and "after 4 steps, and not saved" in printed
-    assert newest_checkpoint(tmp_path) is None
 
 
 def test_ctrl_c_before_the_first_step(dataset, tmp_path, monkeypatch):

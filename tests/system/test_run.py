@@ -6,12 +6,13 @@ import json
 import math
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import UNIFIED_CONFIG, losses, read_log, refused, same_runs, start, train, trained
-from test_train import ONE_PROCESS
+from test_train import ONE_PROCESS, at_step, batches_of
 
 import train as program
 from lib.checkpoint import (
@@ -22,7 +23,6 @@ from lib.checkpoint import (
     save_checkpoint,
 )
 from lib.config import load_config
-from lib.data import Dataset
 from lib.log import lines_before, to_json
 from model import GPT, GPTConfig
 from optim import load_optimizer_state, make_optimizer, param_groups
@@ -54,32 +54,28 @@ def test_round_trip_and_the_last_few_are_kept(tmp_path):
     assert state["model"]["w"].tolist() == [1e7] * 3 and state["data"] == STATE["data"]
 
 
-def test_damage_is_seen_wherever_it_is(tmp_path):
-    path = save_checkpoint(tmp_path, 1, STATE, keep=2)
+def test_damage_is_seen_and_passed_over(tmp_path, capsys):
+    """Wherever it is; the newest that is whole is used."""
+    path = save_checkpoint(tmp_path, 2, STATE, keep=2)
     whole = path.read_bytes()
     middle = whole.index(torch.arange(5000.0).numpy().tobytes()[:64]) + 40  # in a tensor
-    for damaged in (b"", whole[:100], whole[:-1], whole[: len(whole) // 2], b"x" * 100,
-                    whole[:middle] + b"\xff" + whole[middle + 1:]):
+    torch.save({"format": 99}, tmp_path / "another")
+    torch.save([1], tmp_path / "list")
+    others = [(tmp_path / name).read_bytes() for name in ("another", "list")]
+    for damaged in (b"", whole[:-1], whole[: len(whole) // 2], b"x" * 100,
+                    whole[:middle] + b"\xff" + whole[middle + 1:], *others):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="ckpt_0000001.pt cannot be used") as error:
+        reason = "not a checkpoint of format" if damaged in others else ""
+        with pytest.raises(ValueError, match=f"ckpt_0000002.pt cannot be used: {reason}") as error:
             load_checkpoint(path)
         assert "\n" not in str(error.value)
-    path.write_bytes(whole)
-    assert load_checkpoint(path)["step"] == 1
-
-
-def test_the_newest_good_one_is_found(tmp_path, capsys):
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, STATE, keep=3)
-    (tmp_path / "ckpt_0000003.pt").write_bytes(b"half")
-    (tmp_path / "ckpt_0000004.pt.tmp").write_bytes(b"never renamed")
-    assert newest_checkpoint(tmp_path)[1]["step"] == 2
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "ckpt_0000003.pt cannot be used" in printed
-    for path in checkpoints(tmp_path):
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of its 3 checkpoints is whole"):
+    with pytest.raises(ValueError, match="none of its 1 checkpoints is whole"):
         newest_checkpoint(tmp_path)
+    capsys.readouterr()
+    save_checkpoint(tmp_path, 1, STATE, keep=2)
+    (tmp_path / "ckpt_0000003.pt.tmp").write_bytes(whole)
+    assert newest_checkpoint(tmp_path)[1]["step"] == 1
+    assert capsys.readouterr().out.count("ckpt_0000002.pt cannot be used") == 1
     assert newest_checkpoint(tmp_path / "elsewhere") is None
 
 
@@ -93,21 +89,14 @@ class Hostile:
 
 def test_a_hostile_file_runs_no_code(tmp_path):
     marker = tmp_path / "executed"
-    save_checkpoint(tmp_path, 1, {**STATE, "model": Hostile(str(marker))}, keep=1)
+    path = save_checkpoint(tmp_path, 1, {**STATE, "model": Hostile(str(marker))}, keep=1)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(str(marker))))
-    for path in (tmp_path / "ckpt_0000001.pt", tmp_path / "plain.pt"):
+    for hostile in (path, tmp_path / "plain.pt"):
         with pytest.raises(ValueError, match="cannot be used"):
-            load_checkpoint(path)
+            load_checkpoint(hostile)
     assert not marker.exists()
-    torch.load(tmp_path / "ckpt_0000001.pt", weights_only=False)  # the file is hostile indeed
+    torch.load(path, weights_only=False)  # the file is hostile indeed
     assert marker.exists()
-
-
-@pytest.mark.parametrize("content", [{"format": 99}, [1]])
-def test_other_files_are_not_checkpoints(tmp_path, content):
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt cannot be used: not a checkpoint of format"):
-        load_checkpoint(tmp_path / "a.pt")
 
 
 def test_weights_of_another_shape_are_named():
@@ -138,6 +127,7 @@ def test_json_has_no_nan():
 # nothing is ever replaced
 
 def test_out_dir_is_guarded(undisturbed, dataset, tmp_path):
+    """It holds a run, another run, or files of others; or it cannot be written."""
     out, _ = undisturbed
     before = content(out)
     line = refused(*start(out, dataset))
@@ -145,16 +135,14 @@ def test_out_dir_is_guarded(undisturbed, dataset, tmp_path):
     line = refused(*start(out, dataset, "--resume"))
     assert "is a checkpoint of another run: scale_heterogeneous=True (now False)" in line
     assert content(out) == before
-    (tmp_path / "file").write_text("", "utf-8")
-    assert "cannot be written (Not a directory)" in refused(*start(tmp_path / "file/x", dataset))
-
-
-@pytest.mark.parametrize("name", ["config.json", "summary.json", "log.jsonl"])
-def test_files_of_others_are_left_alone(dataset, tmp_path, name):
-    (tmp_path / name).write_text("mine", "utf-8")
-    for key in ("--resume=False", "--resume"):
-        assert "choose another --out_dir" in refused(*start(tmp_path, dataset, key))
-    assert content(tmp_path) == {name: b"mine"}
+    for name in ("config.json", "summary.json", "log.jsonl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine", "utf-8")
+        for key in ("--resume=False", "--resume"):
+            assert "choose another --out_dir" in refused(*start(tmp_path / name, dataset, key))
+        assert content(tmp_path / name) == {name: b"mine"}
+    file = tmp_path / "log.jsonl" / "log.jsonl"
+    assert "cannot be written (Not a directory)" in refused(*start(file / "x", dataset))
 
 
 def test_a_request_that_fails_leaves_nothing_but_a_lock(dataset, tmp_path, monkeypatch):
@@ -188,21 +176,17 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(dataset, tmp_path):
 # resuming
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path):
+    """Fewer steps are refused. A damaged newest checkpoint is passed over."""
     out = Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
     args = [UNIFIED_CONFIG, *start(out, dataset, "--checkpoint_interval=4"), "--resume"]
     before = (out / "log.jsonl").read_bytes(), checkpoints(out)
     trained(*args)
-    assert before == ((out / "log.jsonl").read_bytes(), checkpoints(out))
     line = refused(*args, "--max_iters=11")
     assert "ckpt_0000012.pt has made 12 steps, and max_iters=11: set --max_iters=12" in line
     assert before == ((out / "log.jsonl").read_bytes(), checkpoints(out))
 
-
-def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, dataset, tmp_path):
-    out = Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
-    path = out / "ckpt_0000012.pt"
-    path.write_bytes(path.read_bytes()[:5000])
-    printed = trained(UNIFIED_CONFIG, *start(out, dataset, "--checkpoint_interval=4"), "--resume")
+    before[1][-1].write_bytes(before[1][-1].read_bytes()[:5000])
+    printed = trained(*args)
     assert "passing over a checkpoint" in printed and "at step 8" in printed
     same_runs(undisturbed[0], out)
 
@@ -237,25 +221,21 @@ def test_changed_hyperparameters_are_in_force(dataset, tmp_path, kind):
     groups = param_groups(model, 0.7, "all", decay_embeddings=False, scale_lr=2.0)
     optimizer = make_optimizer(groups, kind, 3e-3, (0.5, 0.8), 0.6)
     load_optimizer_state(optimizer, state["optimizer"])
-    batches = program.Batches(Dataset(dataset, 32).train, config, ONE_PROCESS, sequences=3 * 8)
+    batches = batches_of(dataset, config, sequences=3 * 8)
     for _ in range(3):
         program.training_step(model, model, optimizer, batches, 3e-3, 1.0, ONE_PROCESS, stop=False)
     resumed = newest_checkpoint(tmp_path)[1]["model"]
     assert all(torch.equal(resumed[name], w) for name, w in model.state_dict().items())
 
 
-def test_what_cannot_be_changed_is_refused_by_name(undisturbed, dataset):
+def test_what_cannot_be_changed_is_refused_by_name(undisturbed, dataset, tmp_path):
     args = [UNIFIED_CONFIG, *start(undisturbed[0], dataset, "--resume")]
-    for key, value in (("optimizer", "'muon'"), ("seed", "7"), ("scale_placement", "'dual'")):
-        line = refused(*args, f"--{key}={value.strip(chr(39))}")
-        assert f"is a checkpoint of another run: {key}=" in line and f"(now {value})" in line
-
-
-def test_another_tokenizer_is_refused(undisturbed, dataset, tmp_path):
+    for key, value in (("optimizer", "muon"), ("seed", 7), ("scale_placement", "dual")):
+        line = refused(*args, f"--{key}={value}")
+        assert f"is a checkpoint of another run: {key}=" in line and f"(now {value!r})" in line
     state = {**newest_checkpoint(undisturbed[0])[1], "tokenizer": "gpt2"}
     save_checkpoint(tmp_path, 12, state, keep=1)
-    line = refused(UNIFIED_CONFIG, *start(tmp_path, dataset, "--resume"))
-    assert "tokenizer='gpt2' (now 'bytes')" in line
+    assert "tokenizer='gpt2' (now 'bytes')" in refused(*args, f"--out_dir={tmp_path}")
 
 
 def test_another_batch_size_continues_the_data_where_the_run_was(dataset, tmp_path, monkeypatch):
@@ -297,17 +277,16 @@ def test_steps_that_are_not_finite_leave_a_run_that_resumes(dataset, tmp_path):
     assert len(losses(tmp_path)) == 12 and None not in losses(tmp_path)
 
 
-def test_a_run_does_not_end_on_steps_that_are_not_finite(dataset, tmp_path):
-    status, _, errors = train(*start(tmp_path, dataset, "--learning_rate=1e30", "--warmup_iters=0",
-                                     "--max_iters=4"))
-    assert status == 1 and "3 steps in a row up to step 3 were not finite" in errors
-    assert "There is no checkpoint: start again with a lower --learning_rate" in errors
+def test_what_is_not_finite_is_not_saved(dataset, tmp_path, monkeypatch):
+    """The last steps of a run; the weights after a finite step that makes some γ infinite; the
+    steps before a signal."""
+    args = start(tmp_path, dataset, "--warmup_iters=0", "--learning_rate=1e30", "--resume")
+    line = refused(*args, "--max_iters=4")
+    assert "3 steps in a row up to step 3 were not finite" in line
+    assert "There is no checkpoint: start again with a lower --learning_rate" in line
+    line = refused(*args, "--learning_rate=3e37", "--weight_decay=11", "--checkpoint_interval=1")
+    assert "the weights after 1 steps were not finite" in line
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    status, printed, _ = train(*args)
+    assert status == program.EXIT_STOPPED and "after 4 steps, and not saved" in printed
     assert not checkpoints(tmp_path) and not (tmp_path / "summary.json").exists()
-
-
-def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path):
-    """A finite step that makes some γ infinite."""
-    status, _, errors = train(*start(tmp_path, dataset, "--learning_rate=3e37", "--warmup_iters=0",
-                                     "--weight_decay=11", "--checkpoint_interval=1"))
-    assert status == 1 and "the weights after 1 steps were not finite" in errors
-    assert not checkpoints(tmp_path)
