@@ -42,12 +42,11 @@ def tiny_gpt(dtype=torch.float32, seed=0, **keys):
     return GPT(GPTConfig(**{**TINY, **keys})).to(dtype)
 
 
-class WithIdle(GPT):
+def gpt_with_idle(config):
     """A fork's model, with a matrix that the forward pass forgets."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers[0].idle = torch.nn.Parameter(torch.ones(2, 2))
+    model = GPT(config)
+    model.layers[0].idle = torch.nn.Parameter(torch.ones(2, 2))
+    return model
 
 
 def randomize_scales(model, seed=1):

@@ -11,13 +11,7 @@ import model as model_file
 from hf.export import stock_architecture
 from lib.process import compile_model
 from norms import (
-    PLACEMENTS,
-    REPARAMS,
-    ScaledLinear,
-    ScaleVector,
-    fold_scale_vectors,
-    named_scale_vectors,
-)
+    PLACEMENTS, REPARAMS, ScaledLinear, ScaleVector, fold_scale_vectors, named_scale_vectors)
 from sample import generate
 
 def check_one_function(monkeypatch, **keys):

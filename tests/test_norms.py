@@ -9,22 +9,10 @@ import pytest
 import reference
 import torch
 from conftest import PAPER_PLACEMENTS
-from torch.nn import functional as F
 
 from norms import (
-    PLACEMENTS,
-    REPARAMS,
-    OutputNorm,
-    Routing,
-    ScaledLinear,
-    ScaleVector,
-    cached_scale_vectors,
-    fused,
-    pre_norm,
-    rms_norm,
-    share_input_scale,
-    weight_decay_groups,
-)
+    PLACEMENTS, REPARAMS, OutputNorm, Routing, ScaledLinear, ScaleVector, cached_scale_vectors,
+    fused, pre_norm, rms_norm, share_input_scale, weight_decay_groups)
 
 
 def random(*shape, seed=0):
@@ -93,34 +81,22 @@ def test_a_length_that_a_norm_undoes_is_not_trained():
         assert m.scale_out is None or torch.is_tensor(m.scale_out.beta)
 
 
-def test_sharing_a_scale_vector_is_the_difference_to_hg():
-    """The standard form has one γ for all maps that read a Norm, HG (eq. 4) one for each."""
-    def maps(*placements):
-        return [scaled_linear((4, 6), p, reparam="original") for p in placements]
-
-    q, k, v = maps("input", "input", "input")
-    own = [m.scale_in for m in (q, k, v)]
-    assert len(set(own)) == 3
+def test_maps_that_share_a_vector_keep_the_length_that_one_of_them_needs():
+    """Who shares: test_model.test_scale_vectors_and_their_roles."""
+    q, k, v = (scaled_linear((4, 6), placement, reparam="original")
+               for placement in ("dual_norm", "after", "input"))
     share_input_scale([q, k, v])
-    assert q.scale_in is k.scale_in is v.scale_in is own[0]
-    assert [len(m.state_dict()) for m in (q, k, v)] == [3, 1, 1]  # it has one name, q's
-
-    q, k, v = maps("dual_norm", "after", "input")  # one that needs γ's length keeps it for all
-    share_input_scale([q, k, v])
-    assert k.scale_in is None and q.scale_in is v.scale_in
-    assert torch.is_tensor(q.scale_in.beta)
+    assert k.scale_in is None and q.scale_in is v.scale_in and torch.is_tensor(q.scale_in.beta)
+    assert [len(m.state_dict()) for m in (q, k, v)] == [5, 3, 1]  # it has one name, q's
 
 
 def test_padded_copies_change_nothing():
-    """A product in bfloat16 may append zero channels; the map that reads them ignores them."""
+    """A product in bfloat16 may append zero channels. The maps that read them:
+    test_model.test_grouped_bfloat16_products_are_the_mixtures_formula."""
     m, x = scaled_linear((7, 6), "input"), random(3, 6).bfloat16()
     [y] = fused(x, [m], pad=True)
     assert y.shape == (3, 8) and (y[:, 7:] == 0).all()
     torch.testing.assert_close(y[:, :7], m(x))
-    reader = scaled_linear((4, 7), "input")
-    torch.testing.assert_close(reader(y), reader(y[:, :7]))
-    m, z = scaled_linear((7, 6), "dual_norm", eps=0.1), random(3, 7)
-    close(m.output(F.pad(z, (0, 1))), F.pad(m.output(z), (0, 1)))
 
 
 def test_dnp_undoes_the_pre_norm():

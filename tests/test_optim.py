@@ -10,17 +10,10 @@ import pytest
 import torch
 from conftest import MIXTURE, UNIFIED, tiny_batch, tiny_gpt
 
-from norms import SCALE_DECAY_POLICIES, ScaleVector, named_scale_vectors
+from norms import named_scale_vectors
 from optim import (
-    Muon,
-    learning_rate,
-    load_optimizer_state,
-    make_optimizer,
-    optimizer_state,
-    param_groups,
-    set_learning_rate,
-    update_norms,
-)
+    Muon, learning_rate, load_optimizer_state, make_optimizer, optimizer_state, param_groups,
+    set_learning_rate, update_norms)
 
 
 def train_steps(model, optimizer, steps):
@@ -48,19 +41,13 @@ def test_update_norms():
 
 # ---- groups --------------------------------------------------------------------------------------
 
-def test_policies():
-    """By role: γ_b, γ_b of a tied head, absorbed γ_a, Output-Norm. Who has which:
-    test_model.test_scale_vectors_and_their_roles."""
-    roles = (True, True), (True, False), (False, True), (False, False)  # input_norm, absorbable
-    found = {policy: [decays("layers.0.attn.q", ScaleVector((5,), *role)) for role in roles]
-             for policy, decays in SCALE_DECAY_POLICIES.items()}
-    expected = {"all": [True] * 4, "none": [False] * 4, "input_norm": [True, True, False, False],
-                "output_norm": [False, False, True, True],
-                "absorbable": [True, False, True, False]}
-    assert found == {**found, **expected}  # a fork may add others
+# by (input_norm, absorbable); who has which: test_model.test_scale_vectors_and_their_roles
+BOTH, TIED, ABSORBED, NEITHER = (True, True), (True, False), (False, True), (False, False)
+POLICIES = {"all": {BOTH, TIED, ABSORBED, NEITHER}, "none": set(), "input_norm": {BOTH, TIED},
+            "output_norm": {ABSORBED, NEITHER}, "absorbable": {BOTH, ABSORBED}}
 
 
-@pytest.mark.parametrize("policy", ["input_norm", "absorbable"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("keys", [
     {**UNIFIED, **MIXTURE}, {"qk_norm": True, "post_norm": True, "tie_embeddings": True}],
     ids=["mixture", "output norms, tied"])
@@ -78,10 +65,9 @@ def test_every_parameter_is_in_its_group(keys, policy):
     if "head.weight" in expected:
         expected["head.weight"] = ("head", 0.1, 1.0)
     for name, vector in named_scale_vectors(model):
-        for part, _ in vector.named_parameters():
-            decays = SCALE_DECAY_POLICIES[policy](f"{name}.{part}", vector)
-            expected[f"{name}.{part}"] = ("scale_decayed", 0.1, 2.0) if decays else (
-                "scale", 0.0, 2.0)
+        decayed = (vector.input_norm, vector.absorbable) in POLICIES[policy]
+        value = ("scale_decayed", 0.1, 2.0) if decayed else ("scale", 0.0, 2.0)
+        expected |= {f"{name}.{part}": value for part, _ in vector.named_parameters()}
     assert found == expected
 
     embedding, = (g for g in param_groups(model, 0.1, policy) if g["name"] == "embedding")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from conftest import WithIdle, train
+from conftest import gpt_with_idle, train
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train as program
@@ -34,7 +34,7 @@ def run(name, arguments):
     # a part of the store of its own, as each start of torchrun has its own
     dist.rendezvous = lambda url: ((dist.PrefixStore(name, store), *rest)
                                    for store, *rest in rendezvous(url))
-    program.GPT = WithIdle if name == "idle" else GPT
+    program.GPT = gpt_with_idle if name == "idle" else GPT
     Process.parallel = counted if name == "small" else parallel
     # -1: as for a large dataset, whose tokens are only checked when they are read
     data.VERIFY_AT_START = -1 if name == "bad" else 2 ** 30

@@ -11,15 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import (
-    UNIFIED_CONFIG,
-    launch,
-    losses,
-    refused,
-    start,
-    trained,
-    wait_for,
-)
+from conftest import UNIFIED_CONFIG, launch, losses, refused, start, trained, wait_for
 
 from lib.checkpoint import newest_checkpoint
 from lib.config import load_config

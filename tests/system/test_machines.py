@@ -12,18 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import (
-    ROOT,
-    UNIFIED_CONFIG,
-    launch,
-    losses,
-    refused,
-    run,
-    same_runs,
-    start,
-    train,
-    trained,
-    wait_for,
-)
+    ROOT, UNIFIED_CONFIG, launch, losses, refused, run, same_runs, start, train, trained, wait_for)
 from test_train import at_step
 
 import sample

@@ -4,7 +4,6 @@ and summary; and that a resume restores exactly what the new request does not ch
 """
 import json
 import math
-import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -16,12 +15,7 @@ from test_train import ONE_PROCESS, at_step, batches_of
 
 import train as program
 from lib.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    load_weights,
-    newest_checkpoint,
-    save_checkpoint,
-)
+    checkpoints, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint)
 from lib.config import load_config
 from lib.log import lines_before, to_json
 from model import GPT, GPTConfig
@@ -40,8 +34,10 @@ def content(folder):
 # checkpoints: whole or absent
 
 def test_round_trip_and_the_last_few_are_kept(tmp_path):
-    """In the order of their numbers; files of other names are not ours."""
-    others = ("ckpt_10.pt", "ckpt_20000000.pt.bad", "ckpt_00000013.pt", "ckpt.pt")
+    """In the order of their numbers. Files of other names are not ours; a damaged one pushes out no
+    good one."""
+    others = ("ckpt_10.pt", "ckpt_20000000.pt.bad", "ckpt_00000013.pt", "ckpt.pt",
+              "ckpt_20000000.pt")  # the last one is ours and damaged, and of a later step
     for name in others:
         (tmp_path / name).write_text("somebody's", "utf-8")
     (tmp_path / "ckpt_0000011.pt.tmp").write_text("what a kill left", "utf-8")
@@ -90,10 +86,8 @@ class Hostile:
 def test_a_hostile_file_runs_no_code(tmp_path):
     marker = tmp_path / "executed"
     path = save_checkpoint(tmp_path, 1, {**STATE, "model": Hostile(str(marker))}, keep=1)
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(str(marker))))
-    for hostile in (path, tmp_path / "plain.pt"):
-        with pytest.raises(ValueError, match="cannot be used"):
-            load_checkpoint(hostile)
+    with pytest.raises(ValueError, match="cannot be used"):
+        load_checkpoint(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)  # the file is hostile indeed
     assert marker.exists()
@@ -189,14 +183,6 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path)
     printed = trained(*args)
     assert "passing over a checkpoint" in printed and "at step 8" in printed
     same_runs(undisturbed[0], out)
-
-
-def test_a_damaged_checkpoint_never_pushes_out_a_good_one(dataset, tmp_path):
-    """keep_checkpoints=1, and the newest file is damaged: an earlier step's is the one to keep."""
-    trained(*start(tmp_path, dataset, "--max_iters=5", "--checkpoint_interval=3"))
-    (tmp_path / "ckpt_0000005.pt").write_bytes(b"half")
-    trained(*start(tmp_path, dataset, "--max_iters=4", "--keep_checkpoints=1", "--resume"))
-    assert newest_checkpoint(tmp_path)[1]["step"] == 4
 
 
 NEW = {"learning_rate": 3e-3, "weight_decay": 0.7, "scale_weight_decay": "all", "beta1": 0.5,
