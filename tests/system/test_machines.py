@@ -82,13 +82,17 @@ def test_an_error_in_the_loop_saves_first(undisturbed, dataset, tmp_path, monkey
     same_runs(undisturbed[0], tmp_path)
 
 
-def test_a_mistake_of_the_program_keeps_its_traceback(dataset, tmp_path, monkeypatch):
-    """One line is for what the user can mend. What was trained is saved here too."""
+def test_a_mistake_of_the_program_keeps_its_traceback(dataset, tmp_path, monkeypatch, capsys):
+    """One line is for what the user can mend, such as a lack of Python's headers. What was trained
+    is saved here too."""
     monkeypatch.delattr(program, "evaluate")
     with pytest.raises(NameError, match="evaluate"):
         train(*start(tmp_path, dataset, "--eval_interval=0", "--max_iters=3"))
     assert newest_checkpoint(tmp_path)[1]["step"] == 3
     assert not report(RuntimeError("gloo: connection closed"), Process())
+    assert report(RuntimeError("x.cpp:1:10: fatal error: Python.h: No such file\n1 |"), Process())
+    line = capsys.readouterr().err
+    assert "Python's headers" in line and "--compile=False" in line and line.count("\n") == 1
 
 
 def test_ctrl_c_before_the_first_step(dataset, tmp_path, monkeypatch):
@@ -135,13 +139,6 @@ def test_compiling_without_a_compiler(dataset, tmp_path):
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "torch.compile needs a C++ compiler" in done.stderr
     assert "--compile=False" in done.stderr
-
-
-def test_a_lack_of_python_s_headers_is_one_line(capsys):
-    error = RuntimeError("x.cpp:1:10: fatal error: Python.h: No such file or directory\n1 | #incl")
-    assert report(error, Process())
-    line = capsys.readouterr().err
-    assert "Python's headers" in line and "--compile=False" in line and line.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
