@@ -160,6 +160,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(dataset, tmp_path):
     line = refused(*start(tmp_path, dataset, "--resume"))
     assert "holds summary.json and no checkpoint" in line
     (tmp_path / "summary.json").unlink()
+    assert "holds a run: continue it with --resume" in refused(*start(tmp_path, dataset))
     (tmp_path / "ckpt_0000002.pt.tmp").write_text("half of one", "utf-8")
     printed = trained(*start(tmp_path, dataset, "--max_iters=3", "--resume"))
     assert "holds a log and no checkpoint: starting at step 0" in printed
