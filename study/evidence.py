@@ -193,11 +193,11 @@ def fit_scaling(study, losses, flops):
             rate = best[model, study.rows_of(model)[0]]
             a, b = (by_seed(losses, model, r, rate) for r in (row, other))
             if a.keys() & b.keys() and all(map(math.isfinite, (*a.values(), *b.values()))):
-                points.append((flops[model], a, b))
+                points.append((model, flops[model], a, b))
         if len(points) > 1:
-            compute, a, b = zip(*points)
+            models, compute, a, b = zip(*points)
             differences = [shared_differences(*pair) for pair in zip(a, b)]
-            fits.append({"row": row, "other": other, "sizes": len(points),
+            fits.append({"row": row, "other": other, "sizes": len(points), "largest": models[-1],
                          "gain": pooled([1 / len(points)] * len(points), differences),
                          **compute_multiplier(compute, a, b)})
     return fits

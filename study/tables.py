@@ -146,8 +146,8 @@ def fit_lines(results):
         (_, b1), (_, b2) = fit["laws"]
         lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']} sizes: the pooled "
                   f"gain is {interval(fit['gain'])}. Fits L = a C^−b have b = {b1:.4f} for "
-                  f"{fit['other']} and {b2:.4f} for {fit['row']}; the compute multiplier at the "
-                  f"largest size is {multiplier(fit)}. Divided by the time of a step it is "
+                  f"{fit['other']} and {b2:.4f} for {fit['row']}; the compute multiplier at "
+                  f"{fit['largest']} is {multiplier(fit)}. Divided by the time of a step it is "
                   + ", ".join(f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, {where})"
                               for where, cost in costs_of(results, fit).items()) + "."]
     return lines
@@ -188,7 +188,7 @@ def readme(folder):
             says = "cannot tell" if not known or fit["low"] <= 1 <= fit["high"] else \
                 "agrees" if fit["multiplier"] > 1 else "differs"
             cells = [f"{PAPER_MULTIPLIER} x, to 1B", f"{multiplier(fit)} x, to "
-                     f"{list(results['results'])[-1]}", says]
+                     f"{fit['largest']}", says]
         else:
             model = next(iter(results["results"]))
             found = find(results["results"][model]["comparisons"], row, other)
