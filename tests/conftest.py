@@ -132,8 +132,7 @@ def wait_for(process, text):
         raise AssertionError(process.stderr.read())
 
 
-# -------------------------------------------------------------------------------------------------
-# runs of train.py
+# ---- runs of train.py ----------------------------------------------------------------------------
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=32", "--init_std=0",
          "--vocab_size=257", "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=12",

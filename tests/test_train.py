@@ -45,8 +45,7 @@ def mixture(dataset, tmp_path_factory):
     return out, load_config(args)
 
 
-# -------------------------------------------------------------------------------------------------
-# what a run leaves
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 def test_run_folder(undisturbed, dataset):
     out, printed = undisturbed
@@ -135,8 +134,7 @@ def test_builtin_dataset_is_made_when_missing(tmp_path, monkeypatch):
     Dataset(tmp_path / "data" / "stdlib", 32, verify=True)
 
 
-# -------------------------------------------------------------------------------------------------
-# the step and the validation loss
+# ---- the step and the validation loss ------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", [[], MIXTURE], ids=["dense", "mixture"])
 def test_the_step_is_that_of_the_whole_batch(dataset, tmp_path, kind):
@@ -213,8 +211,7 @@ def test_validation_reads_the_same_windows_whatever_the_batch(dataset, tmp_path,
     assert found == pytest.approx([model.eval()(x, y)[1].item()] * 2, rel=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------
-# one process and two
+# ---- one process and two -------------------------------------------------------------------------
 
 def same_losses(a, b, tolerance=1e-5):
     assert losses(a) == pytest.approx(losses(b), abs=tolerance)
@@ -319,8 +316,7 @@ def test_cuda_trains_as_the_cpu_does(undisturbed, dataset, tmp_path, dtype, tole
     same_losses(tmp_path, undisturbed[0], tolerance)
 
 
-# -------------------------------------------------------------------------------------------------
-# stopping and resuming
+# ---- stopping and resuming -----------------------------------------------------------------------
 
 def at_step(monkeypatch, step, action):
     """Have the loop call `action` as it begins this step."""

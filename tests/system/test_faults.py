@@ -23,8 +23,7 @@ def workers_of(process):
     return [int(c) for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
-# -------------------------------------------------------------------------------------------------
-# under torchrun
+# ---- under torchrun ------------------------------------------------------------------------------
 
 def killed_in_the_midst_of_a_write(pid, out):
     """Stop the process and let it go on until it has half of a checkpoint on disk; then kill it."""
@@ -81,8 +80,7 @@ def test_a_silent_process_ends_the_others(dataset, tmp_path):
     assert newest_checkpoint(tmp_path)[1]["step"] == len(losses(tmp_path)) > 5
 
 
-# -------------------------------------------------------------------------------------------------
-# the disk
+# ---- the disk ------------------------------------------------------------------------------------
 
 def test_a_log_on_a_full_disk(dataset, tmp_path):
     """One line that asks for room; what could not be written is not taken for written."""

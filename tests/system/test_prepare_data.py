@@ -65,8 +65,7 @@ def refused(*arguments):
     return line
 
 
-# --------------------------------------------------------------------------------------------------
-# documents
+# ---- documents -----------------------------------------------------------------------------------
 
 def test_every_kind_of_file_comes_back_as_its_text(tmp_path):
     folder = tmp_path / "in"
@@ -135,8 +134,7 @@ def test_ids_beyond_65535_have_four_bytes(tmp_path):
     assert np.array_equal(np.concatenate([shard.read(0, len(shard)) for shard in shards]), tokens)
 
 
-# --------------------------------------------------------------------------------------------------
-# bad input
+# ---- bad input -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, content, options, message", [
     ("a.txt", b"", [], "no document fell into the train split"),
@@ -213,8 +211,7 @@ def test_bad_records_are_refused_or_counted_and_reading_resumes_at_any_document(
     assert not list(FileInput(find_files([tmp_path])).documents())
 
 
-# --------------------------------------------------------------------------------------------------
-# nothing is replaced
+# ---- nothing is replaced -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("out, message", [
     ("in/out", "lies in the input"),
@@ -271,8 +268,7 @@ def test_an_out_that_appears_meanwhile_is_not_replaced(texts, tmp_path, name, mo
     assert everything(out) == everything(tmp_path / "straight")
 
 
-# --------------------------------------------------------------------------------------------------
-# kills and resumes
+# ---- kills and resumes ---------------------------------------------------------------------------
 
 def many_documents(folder, documents):
     folder.mkdir()

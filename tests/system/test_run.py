@@ -30,8 +30,7 @@ def content(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "lock"}
 
 
-# -------------------------------------------------------------------------------------------------
-# checkpoints: whole or absent
+# ---- checkpoints: whole or absent ----------------------------------------------------------------
 
 def test_round_trip_and_the_last_few_are_kept(tmp_path):
     """In the order of their numbers. Files of other names are not ours; a damaged one pushes out no
@@ -101,8 +100,7 @@ def test_weights_of_another_shape_are_named():
         load_weights(model, {"model": other}, "x.pt")
 
 
-# -------------------------------------------------------------------------------------------------
-# the log
+# ---- the log -------------------------------------------------------------------------------------
 
 def test_the_log_before_a_step(tmp_path):
     path = tmp_path / "log.jsonl"
@@ -117,8 +115,7 @@ def test_json_has_no_nan():
     assert to_json(value) == '{"a": null, "b": [1.5, null, {"c": null}], "d": "NaN", "e": true}'
 
 
-# -------------------------------------------------------------------------------------------------
-# nothing is ever replaced
+# ---- nothing is ever replaced --------------------------------------------------------------------
 
 def test_out_dir_is_guarded(undisturbed, dataset, tmp_path):
     """It holds a run, another run, or files of others; or it cannot be written."""
@@ -167,8 +164,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(dataset, tmp_path):
     assert len(losses(tmp_path)) == 3 and not list(tmp_path.glob("*.tmp"))
 
 
-# -------------------------------------------------------------------------------------------------
-# resuming
+# ---- resuming ------------------------------------------------------------------------------------
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path):
     """Fewer steps are refused. A damaged newest checkpoint is passed over."""
@@ -242,8 +238,7 @@ def test_another_batch_size_continues_the_data_where_the_run_was(dataset, tmp_pa
     assert read_log(tmp_path, "eval")[-1]["tokens"] == 32 * 32
 
 
-# -------------------------------------------------------------------------------------------------
-# steps that are not finite
+# ---- steps that are not finite -------------------------------------------------------------------
 
 def test_steps_that_are_not_finite_leave_a_run_that_resumes(dataset, tmp_path):
     """A rate that ruins the weights from step 3 on. The ruin of step 4 is finite and saved: the
