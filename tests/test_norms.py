@@ -12,7 +12,7 @@ from conftest import PAPER_PLACEMENTS
 
 from norms import (
     PLACEMENTS, REPARAMS, OutputNorm, Routing, ScaledLinear, ScaleVector, cached_scale_vectors,
-    fused, pre_norm, rms_norm, share_input_scale, weight_decay_groups)
+    pre_norm, rms_norm, share_input_scale, weight_decay_groups)
 
 
 def random(*shape, seed=0):
@@ -30,12 +30,6 @@ def scaled_linear(*args, **kwargs):
     for i, p in enumerate(m.parameters()):
         p.data = random(*p.shape, seed=10 * i)
     return m
-
-
-def test_rms_norm():
-    x = random(3, 5, 8)
-    close(rms_norm(x, 1e-3), reference.norm(x, 1e-3))
-    close(rms_norm(x, 0.0), 8 ** 0.5 * x / x.norm(dim=-1, keepdim=True))  # eq. 1
 
 
 @pytest.mark.parametrize("reparam", REPARAMS)
@@ -88,15 +82,6 @@ def test_maps_that_share_a_vector_keep_the_length_that_one_of_them_needs():
     share_input_scale([q, k, v])
     assert k.scale_in is None and q.scale_in is v.scale_in and torch.is_tensor(q.scale_in.beta)
     assert [len(m.state_dict()) for m in (q, k, v)] == [5, 3, 1]  # it has one name, q's
-
-
-def test_padded_copies_change_nothing():
-    """A product in bfloat16 may append zero channels. The maps that read them:
-    test_model.test_grouped_bfloat16_products_are_the_mixtures_formula."""
-    m, x = scaled_linear((7, 6), "input"), random(3, 6).bfloat16()
-    [y] = fused(x, [m], pad=True)
-    assert y.shape == (3, 8) and (y[:, 7:] == 0).all()
-    torch.testing.assert_close(y[:, :7], m(x))
 
 
 def test_dnp_undoes_the_pre_norm():

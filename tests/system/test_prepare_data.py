@@ -3,7 +3,6 @@ Proves that prepare_data.py loses and adds nothing: documents decode to their te
 split stays put, and the output depends neither on the number of threads nor on kills. Bad input
 leaves nothing that looks finished. Nothing is replaced or removed that was not written here.
 """
-import copy
 import gzip
 import hashlib
 import json
@@ -18,18 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 from conftest import ROOT, command_of, run, write_texts
 
 import prepare_data
-from lib.data import Dataset, Shard
+from lib.data import Dataset
 from lib.documents import FileInput
 from lib.tokenizer import get_encoding
-from prepare_data import ShardWriter, find_files, is_validation, main, prepare
+from prepare_data import find_files, is_validation, main, prepare
+
+BYTES = get_encoding("bytes")
 
 
-def documents_of(folder, *splits, encoding="bytes"):
+def documents_of(folder, *splits, encoding=BYTES):
     """The texts of a dataset's splits, by decoding its shards."""
-    encoding, texts = get_encoding(encoding), []
+    texts = []
     for split in splits:
         shards = getattr(Dataset(folder, 1), split).shards
         tokens = np.concatenate([block for shard in shards for block in shard.blocks()])
@@ -116,22 +118,17 @@ def test_gpt2(texts, tmp_path, needs_gpt2):
     main([str(texts), "--out", str(tmp_path / "out"), "--val-fraction", "0.1"])
     assert Dataset(tmp_path / "out", 1).val.vocab_size == 50257
     expected = sorted(path.read_text(encoding="utf-8") for path in texts.iterdir())
-    assert sorted(documents_of(tmp_path / "out", "train", "val", encoding="gpt2")) == expected
+    assert sorted(documents_of(tmp_path / "out", "train", "val", encoding=needs_gpt2)) == expected
 
 
-def test_ids_beyond_65535_have_four_bytes(tmp_path):
-    """No encoding of so many ids comes without a download, so this is the writer only. What was
-    written after the state that a resume finds is lost again."""
-    record = {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
-    tokens = np.arange(65_000, 67_000, dtype=np.uint32)
-    writer = ShardWriter(tmp_path, "train", np.uint32, 900, record)
-    writer.write(tokens, 1, 1)
-    kept = copy.deepcopy(record)
-    writer.write(tokens[:99], 1, 1)
-    ShardWriter(tmp_path, "train", np.uint32, 900, kept).finish()
-    shards = [Shard(tmp_path / f"train_00000{number}.bin") for number in range(3)]
-    assert [shard["tokens"] for shard in kept["shards"]] == [900, 900, 200]
-    assert np.array_equal(np.concatenate([shard.read(0, len(shard)) for shard in shards]), tokens)
+def test_ids_beyond_65535_have_four_bytes(tmp_path, monkeypatch):
+    """In an encoding of our own, because each one of so many ids needs a download."""
+    large = tiktoken.Encoding("large", pat_str=r"\s|\S", special_tokens={"<|endoftext|>": 70_000},
+                              mergeable_ranks={bytes([i]): 65_500 + i for i in range(256)})
+    monkeypatch.setattr(prepare_data, "get_encoding", lambda name: large)
+    make([write_texts(tmp_path / "in", 60)], tmp_path / "out", shard_tokens=900)
+    expected = sorted(path.read_text("utf-8") for path in (tmp_path / "in").iterdir())
+    assert sorted(documents_of(tmp_path / "out", "train", "val", encoding=large)) == expected
 
 
 # ---- bad input -----------------------------------------------------------------------------------
