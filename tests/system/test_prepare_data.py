@@ -315,12 +315,13 @@ def test_an_ended_preparation_continues_to_the_same_bytes(tmp_path, end, wanted,
 
 @pytest.fixture
 def unfinished(tmp_path, monkeypatch):
-    """A preparation that ended at a bad line in its last file: (its files, OUT)."""
+    """A preparation that ended at a bad line in its last file, which is much shorter now: (its
+    files, OUT)."""
     monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 1000)
     source, last = many_documents(tmp_path / "in", 200), tmp_path / "last.jsonl"
-    last.write_text('{"text": "good"}\n{', encoding="utf-8")
-    with pytest.raises(ValueError, match="last.jsonl, line 2: not JSON"):
-        make([source, last], tmp_path / "out", shard_tokens=50_000)
+    last.write_text(9 * f'{{"text": "{"draft " * 200}"}}\n' + "{", encoding="utf-8")
+    with pytest.raises(ValueError, match="last.jsonl, line 10: not JSON"):
+        make([source, last], tmp_path / "out", shard_tokens=50_000, workers=1)
     last.write_text('{"text": "good"}\n', encoding="utf-8")
     return [source, last], tmp_path / "out"
 
@@ -344,7 +345,7 @@ def test_an_unfinished_preparation_keeps_its_options_and_input(unfinished, capsy
     os.utime(first, (seconds, seconds))
     monkeypatch.chdir(out.parent)
     make(["in/../in", "last.jsonl"], "out", shard_tokens=50_000)
-    assert "resuming " in capsys.readouterr().out and out.exists()
+    assert "resuming " in capsys.readouterr().out and "good" in documents_of(out, "train", "val")
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 1030)])
