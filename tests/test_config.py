@@ -18,8 +18,7 @@ SHORT = ["--max_iters=500"]  # nothing to work out
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--learning_rat=1"], "unknown key 'learning_rat' in the command line; did you mean "
-                           "learning_rate?"),
+    (["--learning_rat=1"], "'learning_rat' in the command line; did you mean learning_rate?"),
     (["--xyzzy=1"], "unknown key 'xyzzy'"),
     (["--n_layer=two"], "n_layer='two' is of the wrong type: it takes int, such as 6"),
     (["--n_layer=2.5"], "n_layer=2.5 is of the wrong type"),
@@ -31,8 +30,7 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
     (["--seed=9223372036854775808"], "seed=9223372036854775808 must be between 0 and"),
     (["--beta1=1"], "beta1=1.0 must be between 0 and 1"),
-    (["--optimizer=adam"], "optimizer='adam' is unknown: choose one of adamw, muon; did you mean "
-                           "adamw?"),
+    (["--optimizer=adam"], "'adam' is unknown: choose one of adamw, muon; did you mean adamw?"),
     (["--compile=yes"], "compile='yes' is unknown: choose one of auto, True, False"),
     (["--n_embd=100", "--n_head=3"], "n_embd=100 is not divisible by n_head=3"),
     (["--max_iters=0", "--tokens_per_param=0"], "tokens_per_param=0.0 with max_iters=0 makes no"),

@@ -1,8 +1,7 @@
 """
-Proves theory/theorems.py in float64. Every formula that holds at a point: against autograd at
-random points of a curved loss. Every theorem: along integrated gradient flows of many random
-teachers at once, with the conditions it needs, and a counterexample where they are not met. The
-stochastic theorem: by simulation, against the exact identities of its proof.
+Proves theory/theorems.py in float64: each formula against autograd at random points of a curved
+loss; each theorem along the gradient flows of many random teachers, with a counterexample where its
+conditions are not met; the stochastic one by simulation, against exact identities of its proof.
 """
 import re
 

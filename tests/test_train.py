@@ -1,7 +1,6 @@
 """
 Proves the training program by running it: the log holds what the formulas give, one process equals
-two however the batch is cut, validation reads the same windows, and a stopped run equals an
-undisturbed one bit for bit.
+two however the batch is cut, and a stopped run equals an undisturbed one bit for bit.
 """
 import json
 import signal
@@ -11,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    COMPILER, ROOT, SMALL, UNIFIED_CONFIG, gpt_with_idle, losses, read_log, same_runs, start, train,
-    trained)
-from conftest import run as run_program
+    COMPILER, ROOT, SMALL, UNIFIED_CONFIG, gpt_with_idle, losses, read_log, run, same_runs, start,
+    train, trained)
 
 import train as program
 from lib.checkpoint import newest_checkpoint
@@ -246,8 +244,8 @@ def two(undisturbed, dataset, tmp_path_factory):
     requests = {name: [UNIFIED_CONFIG, *start(folder / name, dataset, *more)]
                 for name, more in keys.items()}
     (folder / "requests.json").write_text(json.dumps(requests), "utf-8")
-    run_program(ROOT / "tests" / "two_processes.py", folder / "requests.json", folder, processes=2,
-                timeout=120, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    run(ROOT / "tests" / "two_processes.py", folder / "requests.json", folder, processes=2,
+        timeout=120, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     return folder, [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 
@@ -304,8 +302,7 @@ def test_an_error_of_one_process_has_its_number(two):
 @pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
 def test_compiled_training_on_two_processes(undisturbed, dataset, tmp_path):
-    run_program("train.py", UNIFIED_CONFIG, *start(tmp_path, dataset, "--compile=True"),
-                processes=2)
+    run("train.py", UNIFIED_CONFIG, *start(tmp_path, dataset, "--compile=True"), processes=2)
     same_losses(tmp_path, undisturbed[0], tolerance=1e-4)
 
 

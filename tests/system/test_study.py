@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command_of
-from conftest import run as run_program
+from conftest import ROOT, command_of, run
 
 from lib.config import load_config, to_dict
 from study import evidence, tables
@@ -90,9 +89,8 @@ def test_pooled_is_welchs_interval():
 
 
 def test_power_law_and_multiplier():
-    """The multiplier by its definition: the baseline's curve has, at that many times the compute,
-    the better loss. Its interval at three seeds, where a bootstrap is too narrow: 95 of 100 hold
-    1.25."""
+    """At that many times the compute the baseline's curve has the better loss. Of 100 intervals at
+    three seeds, where a bootstrap is too narrow, 95 hold 1.25."""
     stats, compute = pytest.importorskip("scipy.stats"), [1e15, 1e16, 1e17, 1e18]
     noisy = [7.1, 6.0, 5.5, 4.6]
     line = stats.linregress([math.log(c) for c in compute], [math.log(x) for x in noisy])
@@ -378,8 +376,8 @@ scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
 
 
 def test_it_starts_without_optional_packages():
-    run_program("-c", "import sys; sys.modules |= dict.fromkeys(('scipy', 'matplotlib')); "
-                      "import study.run")
+    without = "import sys; sys.modules |= dict.fromkeys(('scipy', 'matplotlib')); "
+    run("-c", without + "import study.run")
 
 
 def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
@@ -451,11 +449,9 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
     ("raise OSError('two\\nlines')", "does not run: OSError: two"),
     ("rows = {}", "rows must be"),
     ("rows = {'a, b': {}}", "without a comma"),
-    ("scales = 1", "int"),
     ("scales['cpu']['seeds'] = ()", "'seeds' and 'models' must be"),
     ("del scales['cpu']['seeds']", "'seeds'"),
     ("panels = [['x']]", "names 'x'"),
-    ("del scales['cpu']['models']['tiny']['keys']", "Model missing 1 required"),
     ("scales['cpu']['models']['tiny']['learning_rates'] = ('2e-3',)", "'learning_rates' must be"),
     ("scales['cpu']['rows'] = {'x': {}}", "a row not there"),
     ("comparisons = {('unified', 'baseline'): {'0.12B': 'x'}}", "comparisons must be"),
@@ -494,9 +490,9 @@ def test_committed_summaries_follow_from_their_runs(path):
     flops = {name: model["flops"] for name, model in results["models"].items()}
     assert rounded(summarize(study, losses)) == rounded(results["results"])
     assert rounded(evidence.fit_scaling(study, losses, flops)) == rounded(results["fits"])
-    for cell, run in runs.items():  # so that the runs count as done where out/ is gone
+    for cell, record in runs.items():  # so that the runs count as done where out/ is gone
         config = config_of(study.models[cell.model].config, study.keys(cell))
-        assert run["settings"] == digest(settings_of(to_dict(config))), cell
+        assert record["settings"] == digest(settings_of(to_dict(config))), cell
     assert as_text(results) == path.read_text(encoding="utf-8")
 
 
@@ -581,14 +577,13 @@ def test_pictures_do_not_compare_what_cannot_be():
     at that rate only the dots of the others stand."""
     pytest.importorskip("matplotlib", reason="pictures need the optional package matplotlib")
     from study.pictures import learning_rates, relative_loss
-    curves = {"a": [[10, 2.0], [20, 1.0]], "longer": [[10, 2.0], [20, 1.0], [30, 0.5]],
-              "b": [[10, 2.1], [20, 1.1]]}
-    at = {"model": "m", "learning_rate": 0.1, "state": "done"}
-    runs = [{**at, "row": row, "seed": seed, "val_loss": curve[-1][1], "curve": curve}
-            for row, curve in curves.items() for seed in (1, 2)]
-    runs.append({**at, "row": "b", "seed": 3, "state": "diverged", "curve": []})
-    results = {"results": {"m": {"tuned_rate": 0.1, "comparisons": []}}, "panels": [list(curves)],
-               "rows": dict.fromkeys(curves), "runs": runs}
+    runs = [{"model": "m", "learning_rate": 0.1, "row": row, "seed": seed, "state": "done",
+             "val_loss": 1.0, "curve": [[10, 2.0], [end, 1.0]]}
+            for row, end in (("a", 20), ("longer", 30), ("b", 20)) for seed in (1, 2)]
+    runs.append({**runs[-1], "seed": 3, "state": "diverged", "curve": []})
+    rows = ["a", "longer", "b"]
+    results = {"results": {"m": {"tuned_rate": 0.1, "comparisons": []}}, "panels": [rows],
+               "rows": dict.fromkeys(rows), "runs": runs}
     axis, = relative_loss(results).axes
     legend = [text.get_text() for text in axis.get_legend().get_texts()]
     assert legend == ["a", "b, without 1 diverged"]
