@@ -98,8 +98,7 @@ def test_config_json_given_back_as_keys_is_the_same_configuration():
 
 
 def test_what_the_other_keys_leave_open():
-    """A warmup longer than the run becomes a tenth of it; where the schedule ends; how long the run
-    is, from tokens_per_param."""
+    """A warmup beyond the run becomes a tenth of it; the schedule's end; the length of the run."""
     for steps, warmup in ((100, 100), (99, 9), (3, 1)):
         assert load_config([f"--max_iters={steps}", "--warmup_iters=100"]).warmup_iters == warmup
     for keys, min_lr in (([], 4e-3 / 20), (["--schedule=wsd"], 0), (["--min_lr=1e-5"], 1e-5),

@@ -85,8 +85,7 @@ def llama(namespace):
 @pytest.mark.parametrize("make", [small_model, llama])
 def test_your_model(make, namespace, tmp_path):
     """Each example trains every vector with IWD, folds to the same outputs, leaves the vectors that
-    the page names, and runs under autocast and in bfloat16; the small one compiled too. The Llama
-    is saved and loaded."""
+    the page names, and runs in bfloat16; the small one compiled too, the Llama saved and loaded."""
     torch.manual_seed(0)
     logits, idx = make(namespace), torch.randint(61, (2, 16))
     yours, optimizer = namespace["model"], namespace["optimizer"]

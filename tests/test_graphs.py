@@ -13,8 +13,7 @@ from sample import generate
 
 
 def micro_steps(model, runner=None, batches=2):
-    """{name: gradient} after micro-steps with different batches, added up as in training. runner:
-    the model, or what is around it."""
+    """{name: gradient}, added up over micro-steps. runner: the model, or what is around it."""
     model.zero_grad(set_to_none=False)  # under DDP they are views of its buckets
     for seed in range(batches):
         loss = (runner or model)(*tiny_batch(seed).to(model.cos.device))[1]
@@ -66,9 +65,8 @@ def parallel(tmp_path):
     pytest.param({"recompute": True}, torch.float32, False, 2, marks=pytest.mark.slow),
 ], ids=["mixture", "parallel mixture", "looped mixture", "parallel dense", "recompute"])
 def test_graphs_and_recompiles(keys, dtype, ddp, parts, parallel):
-    """Training with accumulation, also within DistributedDataParallel, evaluation, training again
-    and sampling compile each part once with gradients and once without, whatever the layer and the
-    routing, without a break."""
+    """Training with accumulation, evaluation, training again and sampling compile each part once
+    with gradients and once without, whatever the layer and the routing, without a break."""
     depth = {"n_layer": 4, "n_dense_layer": 2 if "n_expert" in keys else 0}
     model = randomize_scales(tiny_gpt(**{**UNIFIED, **keys, **depth}))
     model.compute_dtype = dtype

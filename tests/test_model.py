@@ -68,8 +68,7 @@ def test_the_decoder_is_its_formulas(keys, monkeypatch):
 @pytest.mark.parametrize("keys", [{}, {**HG, "scale_placement": "dual"}, UNIFIED],
                          ids=["plain", "dp", "unified"])
 def test_grouped_bfloat16_products_are_the_mixtures_formula(keys, width):
-    """The path that CUDA takes, here on the CPU, with an expert that no token chooses: values and
-    gradients to bfloat16's rounding."""
+    """CUDA's path, here on the CPU and to bfloat16's rounding; no token chooses the last expert."""
     shape = dict(n_expert=4, n_expert_active=2, d_expert=width, d_shared_expert=2 * width - 1)
     config = GPTConfig(**{**TINY, **shape, **keys})
     layer, draw = MoE(config), torch.Generator().manual_seed(0)

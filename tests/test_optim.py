@@ -102,8 +102,7 @@ def test_refusals():
 # ---- optimizers ----------------------------------------------------------------------------------
 
 def test_muon_batched_by_shape_is_torchs_slice_by_slice():
-    """Matrices of two shapes, tall and wide, and a stack of experts, against torch.optim.Muon on
-    each matrix by itself."""
+    """Tall and wide matrices and a stack of experts, against torch.optim.Muon on each by itself."""
     def matrices(tensors):
         return [m for t in tensors for m in t.detach().view(-1, *t.shape[-2:])]
 
@@ -145,8 +144,7 @@ def test_muon_is_for_the_hidden_matrices_and_adamw_for_the_rest():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_state_comes_back_by_name_from_a_file(name, tmp_path):
-    """The run goes on bit for bit, also where another policy sorts the vectors into other
-    groups."""
+    """Bit for bit, also where another policy sorts the vectors into other groups."""
     straight, stopped, resumed = (tiny_gpt(**UNIFIED) for _ in range(3))
     train_steps(straight, make_optimizer(param_groups(straight, 0.0, "all"), name), steps=4)
     optimizer = make_optimizer(param_groups(stopped, 0.0, "all"), name)

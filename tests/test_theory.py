@@ -188,8 +188,7 @@ def test_theorems_3_1_and_3_2_i_along_the_flow(m, d):
 
 
 def test_claim_i_fails_off_the_flow():
-    """At the states of the conditions' figure, by the formulas and by autograd's rates: DP with
-    u_i² < 1, OR with ρ < 1 are slower."""
+    """At the figure's states, by formula and autograd. Slower are DP at u_i² < 1, OR at ρ < 1."""
     (target_dp, effective, v), (target_or, W, alpha) = theory_figures.states_off_the_flow()
     one = torch.ones(1)
     for square in (0.3, 3.0):  # u_i², then ρ
@@ -281,8 +280,7 @@ def test_what_sharpness_does_to_sgds_descent():
 
 
 def test_the_simulation():
-    """Without noise it is gradient flow, to Euler's order of one. Where there is no drift, its
-    noise has variance q t and is independent."""
+    """Gradient flow, to Euler's order of one, and independent noise of variance q t."""
     start, target = [torch.zeros(1, 4), torch.ones(1, 4)], torch.full((4,), 1.5)
     expected = gradient_flow(lambda w, gamma: 0.5 * (w * gamma - target).square().sum(),
                              start, 2.0, 100, [0.1, 0.3])[-1][1]
@@ -312,10 +310,9 @@ def test_squared_norm_bound_solves_its_equation():
 @pytest.mark.parametrize("paths, time_end, steps", [
     (500, 100.0, 5000), pytest.param(4000, 200.0, 40000, marks=pytest.mark.slow)])
 def test_theorem_c1_by_simulation(paths, time_end, steps):
-    """Four coordinates from w = 0, γ = 1, with λ = q = 0.1 and w* = 1. μ = 0.1: the means of ‖w‖²
-    and ‖γ‖² are below their bounds, and every sharpness stays level. μ = 0: all but ‖w‖² keep
-    growing. ‖γ‖² - ‖w‖² changes by ∫(2λ‖w‖² - 2μ‖γ‖²) dt in the mean (eq. 25): the rest has mean
-    zero."""
+    """From w = 0, γ = 1, with λ = q = 0.1 and w* = 1. μ = 0.1: the means of ‖w‖² and ‖γ‖² are below
+    their bounds, and every sharpness stays level. μ = 0: all but ‖w‖² keep growing. ‖γ‖² - ‖w‖²
+    changes by ∫(2λ‖w‖² - 2μ‖γ‖²) dt in the mean (eq. 25): the rest has mean zero."""
     target, one, means = torch.ones(4), torch.ones(paths, 4), {}
     for mu in (0.0, 0.1):
         path = list(theory.simulate_sde(0 * one, one, target, 0.1, mu, 0.1, time_end, steps,
@@ -359,9 +356,8 @@ def test_what_flow_conserves_under_decay():
 
 
 def test_an_output_norm_under_decay():
-    """Where gradient flow rests; after an Input-Norm there is a weight, and the flow reaches the
-    same target although γ decays. Below 1/λ decay costs AdamW next to nothing, above it γ stays at
-    1/λ."""
+    """Where gradient flow rests; after an Input-Norm, with a weight, it reaches the target although
+    γ decays. Below 1/λ decay costs AdamW next to nothing, above it γ stays at 1/λ."""
     one, target, curvature = torch.ones(3), torch.tensor([0.5, 2, -1.0]), torch.tensor([1, 3, 0.7])
 
     def loss(gamma, w=one):

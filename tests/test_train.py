@@ -167,8 +167,7 @@ def test_the_step_is_that_of_the_whole_batch(dataset, tmp_path, kind):
 
 
 def test_no_update_from_a_gradient_that_is_not_finite(dataset, tmp_path):
-    """And half an update is not saved: the optimizer fails after it has moved some weights, at the
-    last one, whose moment is too small."""
+    """Half an update is not saved: the optimizer fails at the last weight, of a small moment."""
     config = load_config(start(tmp_path, dataset))
     run = program.set_up(config, ONE_PROCESS, None, SimpleNamespace(bad_steps=0))
     model, optimizer = run.model, run.optimizer
@@ -190,8 +189,7 @@ def test_no_update_from_a_gradient_that_is_not_finite(dataset, tmp_path):
 
 @pytest.mark.parametrize("eval_windows", [16, 8000])
 def test_validation_reads_the_same_windows_whatever_the_batch(dataset, tmp_path, eval_windows):
-    """Against one forward pass over all windows. 5 does not divide their number, and the
-    micro-batch stays whole all the same."""
+    """Against one pass over all windows. The micro-batch stays whole: 5 does not divide them."""
     found, split = [], Dataset(dataset, 32).val
     for batch in (5, 8):
         config = load_config(start(tmp_path, dataset, f"--batch_size={batch}", *MIXTURE,
@@ -343,9 +341,8 @@ def test_a_stopped_run_resumes_bit_for_bit(mixture, dataset, tmp_path, monkeypat
 
 
 def test_a_fork_with_random_numbers_resumes_exactly(dataset, tmp_path, monkeypatch):
-    """The model draws none while it trains. With dropout put into it, a step draws the same
-    numbers whether the run was interrupted before it or not, and so does a block that is run again
-    in the backward pass."""
+    """With dropout put into the model, a step draws the same numbers whether the run was
+    interrupted before it or not, and so does a block that is run again in the backward pass."""
     import model
     forward = model.MLP.forward
     monkeypatch.setattr(model.MLP, "forward", lambda self, *a: torch.nn.functional.dropout(

@@ -161,8 +161,7 @@ def test_padding(custom, side):
 
 
 def test_beams_and_cache_in_pieces(custom):
-    """Beams reorder the cache. A cache continued by several tokens at once, as assisted decoding
-    does it, sees no future."""
+    """Beams reorder the cache; one that several tokens continue at once sees no future."""
     idx = some_ids(12)
     beams = [greedy(custom, idx[:, :5], 6, num_beams=3, use_cache=c) for c in (True, False)]
     assert torch.equal(*beams)
@@ -190,9 +189,8 @@ def test_loss(custom):
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """{name: (tiktoken's encoding, the converted tokenizer as AutoTokenizer loads it)}: bytes; one
-    with an unused id and a special token within the ordinary ids, as p50k_base has; gpt2 where its
-    vocabulary can be had."""
+    """{name: (tiktoken's encoding, the converted tokenizer)}: bytes; one with an unused id and a
+    special token within the ordinary ids, as p50k_base has; gpt2 where it can be had."""
     merges = {b"th": 257, b"the": 259, b" the": 260, b"  ": 261}
     gaps = tiktoken.Encoding(
         "gaps", pat_str=r"'s| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -245,9 +243,8 @@ def test_model_card(tmp_path, monkeypatch):
 
 
 def test_files_are_utf8_in_every_locale(dataset, tmp_path):
-    """Both directions where the locale's encoding is ASCII. There is γ in our code, in the reason
-    and in the card. Nor is there a warning that our probe of the tokenizer is longer than the
-    model's context of 16."""
+    """Both directions where the locale is ASCII; our code, reason and card have γ. There is no
+    warning that our probe of the tokenizer is longer than the context of 16."""
     model = write_run(tmp_path / "weiß", ON_QK)
     write_run(tmp_path / "stock", {})
     export.export_run(tmp_path / "stock", tmp_path / "stock_hf")

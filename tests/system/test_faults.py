@@ -38,10 +38,9 @@ def killed_in_the_midst_of_a_write(pid, out):
 
 
 def test_torchrun_restarts_a_run_and_passes_signals_on(dataset, tmp_path):
-    """One of two processes is killed while it writes a checkpoint: torchrun's restart continues the
-    run from the whole one before, also without --resume. Then SIGTERM to torchrun, as a scheduler
-    sends it: the workers finish the step and save. The same command resumes, here on one process,
-    as if nothing had happened."""
+    """One of two processes is killed while it writes a checkpoint: torchrun's restart continues
+    from the whole one before, also without --resume. Then SIGTERM to torchrun, as a scheduler sends
+    it: the workers save. The same command, on one process, resumes as if nothing had been."""
     args = [UNIFIED_CONFIG, "--n_embd=64", "--d_ff=384", "--schedule=wsd", "--decay_share=0",
             "--eval_interval=0"]
     out = tmp_path / "killed"

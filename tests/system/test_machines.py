@@ -43,8 +43,7 @@ def test_ctrl_c_to_a_pipeline(dataset, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("output", [">/dev/full 2>/dev/full", "| head -n 1", ">&- 2>&-"])
 def test_output_that_fails_ends_no_run(undisturbed, dataset, tmp_path, output):
-    """A reader that has left, a full disk, a closed output: the run is the undisturbed one. Nor
-    does it need docstrings."""
+    """A reader that has left, a full disk, a closed output, no docstrings: nothing changes."""
     command = [sys.executable, "-OO", "train.py", UNIFIED_CONFIG, *start(tmp_path, dataset)]
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {' '.join(command)} {output}"],
                           cwd=ROOT, capture_output=True, text=True)
@@ -73,8 +72,7 @@ def test_an_error_in_the_loop_saves_first(undisturbed, dataset, tmp_path, monkey
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback(dataset, tmp_path, monkeypatch, capsys):
-    """One line is for what the user can mend, such as a lack of Python's headers. What was trained
-    is saved here too."""
+    """One line is for what the user can mend. What was trained is saved here too."""
     monkeypatch.delattr(program, "evaluate")
     with pytest.raises(NameError, match="evaluate"):
         train(*start(tmp_path, dataset, "--eval_interval=0", "--max_iters=3"))
@@ -106,8 +104,7 @@ def test_a_clock_that_was_wrong_makes_no_checkpoint_unusable(undisturbed, datase
 # ---- file systems --------------------------------------------------------------------------------
 
 def test_a_folder_that_cannot_be_flushed(tmp_path):
-    """/proc answers fsync with EINVAL, as some network file systems do; other errors have a path,
-    and only a full disk asks for room."""
+    """/proc answers fsync with EINVAL, as some network disks do. Only a full disk asks for room."""
     sync_folder("/proc")
     with pytest.raises(OSError, match="/nowhere"):
         sync_folder("/nowhere")

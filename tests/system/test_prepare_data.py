@@ -315,8 +315,7 @@ def test_an_ended_preparation_continues_to_the_same_bytes(tmp_path, end, wanted,
 
 @pytest.fixture
 def unfinished(tmp_path, monkeypatch):
-    """A preparation that ended at a bad line in its last file, which is much shorter now: (its
-    files, OUT)."""
+    """(Files, OUT) of a preparation that ended at a bad line of a file that is shorter now."""
     monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 1000)
     source, last = many_documents(tmp_path / "in", 200), tmp_path / "last.jsonl"
     last.write_text(9 * f'{{"text": "{"draft " * 200}"}}\n' + "{", encoding="utf-8")

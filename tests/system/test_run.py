@@ -33,8 +33,7 @@ def content(folder):
 # ---- checkpoints: whole or absent ----------------------------------------------------------------
 
 def test_round_trip_and_the_last_few_are_kept(tmp_path):
-    """In the order of their numbers. Files of other names are not ours; a damaged one pushes out no
-    good one."""
+    """By their numbers. Files of other names are not ours; a damaged one pushes out no good one."""
     others = ("ckpt_10.pt", "ckpt_20000000.pt.bad", "ckpt_00000013.pt", "ckpt.pt",
               "ckpt_20000000.pt")  # the last one is ours and damaged, and of a later step
     for name in others:
@@ -188,8 +187,7 @@ NEW = {"learning_rate": 3e-3, "weight_decay": 0.7, "scale_weight_decay": "all", 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_changed_hyperparameters_are_in_force(dataset, tmp_path, kind):
-    """Resumed with other values, the steps are those of an optimizer that is built here with these
-    values and given the moments."""
+    """The steps are those of an optimizer with these values that is given the moments."""
     args = [UNIFIED_CONFIG, *start(tmp_path, dataset, "--schedule=wsd", "--decay_share=0",
                                    "--warmup_iters=0", f"--optimizer={kind}")]
     trained(*args, "--max_iters=3")
@@ -222,8 +220,7 @@ def test_what_cannot_be_changed_is_refused_by_name(undisturbed, dataset, tmp_pat
 
 
 def test_another_batch_size_continues_the_data_where_the_run_was(dataset, tmp_path, monkeypatch):
-    """Half the batch in the middle neither repeats nor omits a sequence: the position counts
-    sequences, not steps."""
+    """Half the batch neither repeats nor omits a sequence: the position is not counted in steps."""
     read, original = [], program.window_numbers
     monkeypatch.setattr(program, "window_numbers", lambda first, count, n, seed: read.extend(
         range(first, first + count)) or original(first, count, n, seed))
@@ -260,8 +257,7 @@ def test_steps_that_are_not_finite_leave_a_run_that_resumes(dataset, tmp_path):
 
 
 def test_what_is_not_finite_is_not_saved(dataset, tmp_path, monkeypatch):
-    """The last steps of a run; the weights after a finite step that makes some γ infinite; the
-    steps before a signal."""
+    """The last steps of a run; some infinite γ after a finite step; the steps before a signal."""
     args = start(tmp_path, dataset, "--warmup_iters=0", "--learning_rate=1e30", "--resume")
     line = refused(*args, "--max_iters=4")
     assert "3 steps in a row up to step 3 were not finite" in line

@@ -213,8 +213,7 @@ def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **st
 
 
 def test_a_run_is_known_by_its_settings(tmp_path):
-    """Not by its folder's name, nor by keys that have gone, and of two copies the finished one
-    counts."""
+    """Not by its folder's name or keys that have gone; of two copies the finished one counts."""
     keys = {"seed": 3, "learning_rate": 0.002}
     arguments = [CONFIG, "--seed=3", "--learning_rate=2e-3"]
     write_run(tmp_path / "old name", arguments, a_past_key=1)
@@ -497,8 +496,7 @@ def test_committed_summaries_follow_from_their_runs(path):
 
 
 def test_the_pages_hold_the_results_tables():
-    """A sentence of docs/studies.md may quote a number of the table that stands in its section, and
-    no other."""
+    """A sentence of docs/studies.md quotes only numbers of the table in its section."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         assert tables.fill(text) == text, f"{path.name}: run `python -m study.run --docs`"
@@ -511,8 +509,7 @@ def test_the_pages_hold_the_results_tables():
 
 
 def test_the_cost_of_a_step():
-    """The committed costs are the benchmark's. These runs' own stand beside them, unless the runs
-    of a row took very different times."""
+    """The benchmark's; beside it these runs' own, unless a row's runs took very different times."""
     cpu, gpu_b, gpu_c = (json.loads((ROOT / "results" / f"{name}.json").read_text("utf-8"))
                          for name in ("bench_cpu", "gpu_B", "gpu_C"))
     races = {**cpu["races"], **gpu_c["one_billion"], **gpu_b["dense_and_mixture"]}

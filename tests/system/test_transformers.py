@@ -166,8 +166,7 @@ def test_a_run_starts_from_it(dataset, tmp_path):
 
 
 def test_import_refusals(dataset, tmp_path, capsys):
-    """One line and no folder. The last is torch's, which cannot run a Mixtral with experts of 18 on
-    a CPU."""
+    """One line and no folder. The last is torch's: no Mixtral with experts of 18 runs on a CPU."""
     theirs_on_disk("Llama", tmp_path / "hf")
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "hf")
