@@ -103,7 +103,6 @@ def test_interleave():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["train"], "no config given"),
     (["train", CONFIG, "--variants=best"], "--variants names 'best': choose among nanoGPT"),
     (["train", CONFIG, "--rounds=0"], "--rounds and --copies must be"),
     (["cpu", "--threads=1,x"], "--threads=1,x must be numbers"),

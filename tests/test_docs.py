@@ -40,24 +40,20 @@ def namespace():
         entries.update(old)
 
 
-def run_example(codes, namespace):
-    """Execute blocks, and the tests in them. Returns the names that they added to the dicts."""
-    known = [set(entries) for entries in DICTS]
-    for code in codes:
-        names = set(namespace)
-        exec(code, namespace)
-        for name in set(namespace) - names:
-            if name.startswith("test_"):
-                namespace[name]()
-    return [sorted(set(entries) - old) for entries, old in zip(DICTS, known)]
-
-
 FORK = re.findall(r"^## (.*)$", (ROOT / "docs/fork.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("heading", FORK)
 def test_fork(heading, namespace, monkeypatch):
-    placements, reparams, _ = run_example(blocks("docs/fork.md", heading), namespace)
+    """Its blocks and the tests in them run; each entry that they add keeps to one function."""
+    known = [set(entries) for entries in DICTS]
+    for code in blocks("docs/fork.md", heading):
+        names = set(namespace)
+        exec(code, namespace)
+        for name in set(namespace) - names:
+            if name.startswith("test_"):
+                namespace[name]()
+    placements, reparams, _ = (set(entries) - old for entries, old in zip(DICTS, known))
     for name in placements:
         check_claims(name)
         for keys in ({}, {"scale_heterogeneous": True, "scale_reparam": "original"}, MIXTURE):

@@ -49,9 +49,7 @@ FAMILIES = {
     "LlamaMoE, unified": (None, dict(**MOE, **UNIFIED, d_shared_expert=16, n_dense_layer=1)),
 }
 NOT_STOCK = {
-    "DNP's γ_a differs from head to head": ON_QK,
     "DNP normalizes only q": dict(ON_QK, scale_placement_on="q"),
-    "DNP normalizes the output of v, gate, up, head": UNIFIED,
     "post_norm normalizes": dict(qk_norm=True, post_norm=True),
     "Mixtral has no shared expert": dict(**MOE, d_shared_expert=16),
     "Mixtral has no dense layers": dict(**MOE, n_dense_layer=1),

@@ -35,17 +35,12 @@ def test_a_lock_is_held_once_and_leaves_nothing(tmp_path, flock, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def ended_process():
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
 @pytest.mark.parametrize("content", ["{}\n{}\n", "{}\n{}\n123456\n"])
 def test_the_lock_of_a_process_that_has_ended_here_is_taken_over(tmp_path, flock, content):
     """The file as the package filelock writes it; its newer versions add a third line."""
-    path = tmp_path / "lock"
-    for pid in (ended_process(), os.getpid()):  # a container may give the new process the old pid
+    path, ended = tmp_path / "lock", subprocess.Popen(["true"])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):  # a container may give the new process the old pid
         path.write_text(content.format(pid, socket.gethostname()), encoding="utf-8")
         with hold_lock(path, "busy"):
             pass
