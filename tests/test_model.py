@@ -1,8 +1,7 @@
 """
 Proves that the decoder and its mixtures are their formulas (tests/reference.py), in value and in
-every gradient, for every kind of scale vectors; which scale vectors there are; how a model starts;
-what it keeps in memory; that cached generation gives the tokens that reading everything again
-gives; and which configurations are refused. Equal routes to one function: test_every_entry.py.
+every gradient; which scale vectors there are; how a model starts; what it costs; how it generates;
+and which configurations are refused. Equal routes to one function: test_every_entry.py.
 """
 import itertools
 import math

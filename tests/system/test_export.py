@@ -1,8 +1,7 @@
 """
 Proves the way out. transformers loads from disk what hf/export.py writes and computes our logits to
 1e-5, as a stock class where everything of ours folds away and with our own code elsewhere. It
-generates our tokens, is saved again without loss, and tokenizes as tiktoken does.
-lm-evaluation-harness measures on it what we compute by hand. Needs transformers; one test, lm-eval.
+generates our tokens, loses nothing when it is saved, and lm-eval measures what we compute by hand.
 """
 import contextlib
 import json

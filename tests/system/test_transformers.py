@@ -1,8 +1,7 @@
 """
 Proves the way in. A Llama, Mistral, Qwen3, Gemma 3 or Mixtral that transformers made with random
 weights and random γ becomes our model with the same logits, for any strategy that is the same
-function at γ = 1. A run starts from it with its loss. A feature without a counterpart is refused by
-its name. Needs the optional package transformers.
+function at γ = 1. A run starts from it with its loss. What has no counterpart is refused by name.
 """
 import json
 
