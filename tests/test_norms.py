@@ -1,14 +1,17 @@
 """
-Proves that each γ is its formula (tests/reference.py); that maps share a γ or have their own; that
-a Pre-Norm before DNP can be left out; and that weight decay finds the vectors of any model. That
-the maps are their formulas: test_model.test_the_decoder_is_its_formulas.
+Proves that each map with its scale vectors is its formula (tests/reference.py) in float64, for one
+weight and for a stack of experts; that maps share a γ or have their own; that a Pre-Norm before DNP
+can be left out; and that weight decay finds the vectors of any model.
 """
+import itertools
+
 import pytest
 import reference
 import torch
+from conftest import PAPER_PLACEMENTS
 
 from norms import (
-    PLACEMENTS, REPARAMS, OutputNorm, ScaledLinear, ScaleVector, cached_scale_vectors,
+    PLACEMENTS, REPARAMS, OutputNorm, Routing, ScaledLinear, ScaleVector, cached_scale_vectors,
     pre_norm, rms_norm, share_input_scale, weight_decay_groups)
 
 
@@ -29,6 +32,12 @@ def scaled_linear(*args, **kwargs):
     return m
 
 
+def test_rms_norm():
+    x = random(3, 5, 8)
+    close(rms_norm(x, 1e-3), reference.norm(x, 1e-3))
+    close(rms_norm(x, 0.0), 8 ** 0.5 * x / x.norm(dim=-1, keepdim=True))  # eq. 1
+
+
 @pytest.mark.parametrize("reparam", REPARAMS)
 def test_scale_vector(reparam):
     """γ starts at 1, is its formula, and each expert's vector is its own."""
@@ -44,6 +53,23 @@ def test_scale_vector(reparam):
     close(vector()[1], one())
     if reparam in reference.GAMMA:
         close(one(), reference.gamma(one))
+
+
+@pytest.mark.parametrize("placement", [*PAPER_PLACEMENTS, None])
+def test_placement(placement):
+    """Whole and, under DNP, by heads of 4; and rows that are sorted by expert, each by its expert's
+    matrix and vectors, also where one has no rows."""
+    x = random(3, 6)
+    for width, vectors in itertools.product((None, 4), (True, False)):
+        m = scaled_linear((8, 6), placement, vectors=vectors, norm_width=width, eps=0.1)
+        assert vectors or [name for name, _ in m.named_parameters()] == ["weight"]
+        close(m(x), reference.linear(m, x, width=width))
+    m = scaled_linear((2, 4, 6), placement, eps=0.1)
+    for counts in ((2, 1), (0, 3), (3, 0)):
+        counts = torch.tensor(counts)
+        routing = Routing(torch.arange(2).repeat_interleave(counts), counts.cumsum(0).int())
+        parts = [reference.linear(m, rows, e) for e, rows in enumerate(x.split(counts.tolist()))]
+        close(m(x, routing), torch.cat(parts))
 
 
 def test_a_length_that_a_norm_undoes_is_not_trained():
