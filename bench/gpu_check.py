@@ -387,8 +387,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--out", default="results", help="a folder (default: %(default)s)")
     parser.add_argument("--only", help="some of the part's checks, such as head,optimizers")
+    parser.add_argument("--out", help="a folder (default: results, and with --only out/gpu_check)")
     parser.add_argument("--toy", action="store_true", help="toy shapes, on any machine")
     args = parser.parse_args()
     checks = PARTS[args.part]
@@ -399,7 +399,8 @@ def main():
         checks = [known[name] for name in args.only.split(",")]
     process = Process()
     process.start(load_config(["configs/quickstart.py"]))
-    path = Path(args.out, f"gpu_{args.part}.json")
+    folder = args.out or ("out/gpu_check" if args.only else "results")
+    path = Path(folder, f"gpu_{args.part}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results, failed, started = {"versions": versions(), "toy": args.toy}, 0, time.monotonic()
     say(str(results["versions"]))
