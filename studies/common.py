@@ -50,7 +50,7 @@ GPU_FLOAT32 = {"device": "auto", "dtype": "float32"}  # hours on a CPU, minutes 
 LONG = {"0.11M": long(3, 48, 3, 4, 4200, (4e-3, 8e-3, 16e-3)),
         "0.23M": long(4, 64, 4, 6, 6000),
         "0.46M": long(5, 84, 6, 8, 9100),
-        "0.93M": long(5, 120, 6, 12, 12000, **GPU_FLOAT32),
+        "0.93M": long(5, 120, 6, 12, 12000, (1e-3, *CPU_RATES), **GPU_FLOAT32),
         "1.9M": long(6, 160, 8, 16, 18720, **GPU_FLOAT32)}
 
 GPU_RATES = (2e-3, 4e-3, 6e-3)

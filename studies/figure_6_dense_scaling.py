@@ -37,7 +37,7 @@ scales = {
     # does the dtype of large runs change a conclusion?
     "long_bfloat16": {"seeds": SEEDS, "protocol": "paper", "models": {
         "0.93M": {**LONG["0.93M"], "keys": {**LONG["0.93M"]["keys"], "dtype": "bfloat16"},
-                  "tuning": {}, "learning_rates": (4e-3,)}}},
+                  "tuning": {}, "learning_rates": (2e-3,)}}},
     "paper": {"seeds": (1,), "models": {
         "0.12B": paper("configs/baseline_120m.py", 4e-3),
         "0.25B": paper("configs/baseline_250m.py", 2e-3),
