@@ -1,15 +1,16 @@
 """
 Proves theory/theorems.py in float64: each formula against autograd at random points of a curved
-loss; each theorem along the gradient flows of many random teachers, with a counterexample where its
-conditions are not met; the stochastic one by simulation, against exact identities of its proof.
+loss, and on the real GPT; each theorem along the gradient flows of many random teachers, with a
+counterexample where its conditions are not met; the stochastic one by simulation, against exact
+identities of its proof.
 """
 import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, randomize_scales, tiny_batch, tiny_gpt
 
-from norms import exponential_reparam, original_reparam, scale_weight
+from norms import exponential_reparam, fold_scale_vectors, original_reparam, scale_weight
 from theory import figures as theory_figures
 from theory import theorems as theory
 from theory.figures import student_flow
@@ -134,6 +135,55 @@ def test_table_1_as_preconditioners(row):
         close(theory.descent_rate_shared(list(W), v[0], list(G)), rate)
     if row == "HG":
         close(theory.descent_rate_heterogeneous(W, v, G), rate)
+
+
+def test_table_2_a_form_sees_the_state_and_adam_the_history():
+    """Two histories that end at one state: DP's P is the same there, Adam's second moments are
+    not."""
+    found = []
+    for history in ((2.0, 1.0, 0.0), (-4.0, -2.0, 0.0)):
+        params = [p.requires_grad_() for p in draw((2, 3, 4), (2, 4), (2, 3))]
+        adam = torch.optim.Adam(params, lr=0.0)
+        for distance in history:
+            adam.zero_grad()
+            TABLE_1["DP"](*(p + distance for p in params)).tanh().sum().backward()
+            adam.step()
+        moments = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in params])
+        found.append((theory.induced_preconditioner(TABLE_1["DP"], params), moments))
+    (first, moments), (second, others) = found
+    close(first, second)
+    assert (moments - others).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("keys", [
+    {},
+    {"scale_heterogeneous": True, "scale_placement": "dual"},
+    {"scale_heterogeneous": True, "scale_reparam": "original"},
+], ids=str)
+def test_the_gpts_query_weight_moves_as_stated(keys):
+    """One small SGD step on the whole model. G comes from the folded model, where W̃ is the
+    parameter itself."""
+    model = randomize_scales(tiny_gpt(torch.float64, **keys))
+    idx, targets = tiny_batch()
+    folded = fold_scale_vectors(model)
+    folded(idx, targets)[1].backward()
+    attn, q = model.layers[0].attn, model.layers[0].attn.q
+    grads = {b: getattr(folded.layers[0].attn, b).weight.grad for b in "qkv"}
+    W, v, G = q.weight.detach().clone(), q.scale_in().detach().clone(), grads["q"]
+    if "scale_placement" in keys:
+        expected = theory.effective_velocity_dual(W, q.scale_out().detach().clone(), v, G)
+    elif "scale_reparam" in keys:  # W moves as ever, γ by -P ∇γ
+        P = theory.original_preconditioner(q.scale_in.beta.detach(), q.scale_in.alpha.detach())
+        expected = -(v ** 2 * G + W * (P @ (W * G).sum(0)))
+    else:  # a shared γ also moves by the others' <w_j^b, G_j^b>
+        others = sum((getattr(attn, b).weight.detach() * grads[b]).sum(0) for b in "kv")
+        expected = theory.effective_velocity(W, v, G) - W * others
+
+    before, lr = q.effective_weight().detach(), 1e-6
+    model(idx, targets)[1].backward()
+    torch.optim.SGD(model.parameters(), lr=lr).step()
+    found = (q.effective_weight().detach() - before) / lr
+    assert (found - expected).norm() < 1e-5 * expected.norm() and expected.norm() > 1e-3
 
 
 # ---- the theorems, along integrated flows; leading dimension: independent teachers ---------------
