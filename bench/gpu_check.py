@@ -189,7 +189,7 @@ def repeated_and_resumed(process, toy):
             "furthest_resumed": furthest(resumed)}
 
 
-def training(process, toy, names=("baseline", "none", "unified")):
+def training(process, toy):
     """Some three minutes of training at 0.12B on the built-in data, 65,536 bytes a step: one seed,
     and a rate that nobody has tuned. Compare the losses of the warm-up with those of the same steps
     run eagerly in float32, the variants with each other, and all with another card's file."""
@@ -203,15 +203,14 @@ def training(process, toy, names=("baseline", "none", "unified")):
     ways = {"as trained": [f"--max_iters={steps}"],
             "float32": [f"--max_iters={warmup + 2}", "--dtype=float32", "--compile=False"]}
     found = {}
-    for name in names:
+    for name, config in (("baseline", ["configs/baseline_120m.py"]),
+                         ("none", ["configs/baseline_120m.py", "--scale_vectors=False"]),
+                         ("unified", ["configs/unified_120m.py"])):
         losses, validation = {}, {}
-        own = [f"--{key}={value}" for key, value in VARIANTS[name].items()]
-        if name == "unified":
-            own.append("--scale_weight_decay=input_norm")
         for way, more in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 losses[way], validation[way] = training_losses(
-                    "configs/baseline_120m.py", f"--out_dir={folder}/run", *own, *keys, *more)
+                    *config, f"--out_dir={folder}/run", *keys, *more)
             release(process)
         pairs = list(zip(losses["as trained"], losses["float32"][:warmup]))
         last = losses["as trained"][-max(1, steps // 10):]

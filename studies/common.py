@@ -36,13 +36,16 @@ CPU_MODEL = {"config": "configs/study_cpu.py", "keys": {}, "learning_rates": CPU
 CPU = {"seeds": SEEDS, "models": {"0.23M": CPU_MODEL}}
 
 
+def shape(n_layer, n_embd, n_head, batch_size):
+    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "batch_size": batch_size}
+
 
 def long(n_layer, n_embd, n_head, batch_size, steps, rates=CPU_RATES, **keys):
     """A model of scale `long`: 20 tokens a parameter, steps and batch grow with the model; the rate
     is tuned on the baseline at a quarter of the steps."""
     full, quarter = ({"max_iters": s, "eval_interval": s // 6} for s in (steps, steps // 4))
-    shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "batch_size": batch_size}
-    return {**CPU_MODEL, "keys": {**shape, **keys, **full, "eval_windows": 640, "compile": True},
+    keys |= {**shape(n_layer, n_embd, n_head, batch_size), **full}
+    return {**CPU_MODEL, "keys": {**keys, "eval_windows": 640, "compile": True},
             "tuning": quarter, "learning_rates": rates}
 
 

@@ -1,6 +1,6 @@
 """The paper's figure 6: terminal losses of baseline and unified over dense sizes, and how much more
 compute the baseline needs."""
-from studies.common import COSTS, CPU_MODEL, LONG, NO_DECAY, SEEDS, UNIFIED
+from studies.common import COSTS, CPU_MODEL, LONG, NO_DECAY, SEEDS, UNIFIED, shape
 
 title = "Figure 6, dense models over sizes"
 question = "does the gain of the unified strategy last as models grow?"
@@ -12,10 +12,6 @@ comparisons = {
 picture = "scaling"
 costs = COSTS
 TWO_ROWS = ("baseline", "unified")
-
-
-def shape(n_layer, n_embd, n_head, batch_size):
-    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "batch_size": batch_size}
 
 
 def cpu(rates=CPU_MODEL["learning_rates"], **keys):
