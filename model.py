@@ -452,6 +452,9 @@ def check_shape(c):
         for key in keys:
             if getattr(c, key) < least:
                 raise ValueError(f"{key}={getattr(c, key)} must be at least {least}")
+            # beyond these a model is a slip of the finger, and takes minutes to count
+            if getattr(c, key) > (most := 10 ** 4 if key == "n_layer" else 10 ** 7):
+                raise ValueError(f"{key}={getattr(c, key)} must be at most {most}")
     for key in ("rope_theta", "norm_eps", "init_std"):
         if not getattr(c, key) > 0:
             raise ValueError(f"{key}={getattr(c, key)} must be above 0")

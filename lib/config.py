@@ -104,7 +104,7 @@ AT_LEAST_1 = ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "
 RANGES = {**dict.fromkeys(AT_LEAST_1, (1, math.inf)), "decay_share": (0, 1),
           **dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0, 1 - 1e-9)),
           "max_iters": (0, 1e12), "dist_timeout": (1, 1e9),  # what timedelta can hold
-          "seed": (0, 2 ** 63 - 1), "min_lr": (-1, math.inf)}  # of all others: at least 0
+          "min_lr": (-1, math.inf)}  # of all others: at least 0
 FIELDS = {f.name: f for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig))
           if f.name != "model"}
 
@@ -216,10 +216,12 @@ def parse_value(key, text):
 def check_type(key, value):
     """The value, with 1 taken for 1.0 where a float is wanted and 1e3 for 1000 where an int is."""
     allowed = getattr(FIELDS[key].type, "__args__", (FIELDS[key].type,))
-    if float in allowed and type(value) is int and abs(value) < 2 ** 1000:
-        value = float(value)
     if int in allowed and type(value) is float and value.is_integer():
         value = int(value)
+    if type(value) is int and abs(value) >= 2 ** 63:
+        raise ValueError(f"{key} must be below 2**63")
+    if float in allowed and type(value) is int:
+        value = float(value)
     if type(value) not in allowed or (type(value) is float and not math.isfinite(value)):
         raise ValueError(f"{key}={value!r} is of the wrong type: it takes "
                          f"{' or '.join(t.__name__ for t in allowed)}, such as "

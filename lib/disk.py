@@ -26,7 +26,10 @@ def sync_folder(folder):
 
 def cannot_write(path, error, advice):
     """The OSError that says so in one line; it asks for room only where room is missing."""
-    advice = f"make room and {advice}" if error.errno in NO_ROOM else advice
+    if not path.parent.is_dir():
+        advice = f"there is no folder {path.parent}"
+    elif error.errno in NO_ROOM:
+        advice = f"make room and {advice}"
     return OSError(f"{path} cannot be written ({error.strerror or error}): {advice}")
 
 

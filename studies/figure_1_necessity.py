@@ -17,11 +17,18 @@ comparisons = {
     ("no scale vectors for 1.4 x the steps", "baseline"): {},
     ("no scale vectors for 1.2 x the steps", "baseline"): {}}
 longer = {"paper": (26250, 22500), "gpu": (4900, 4200)}
-scales = {"cpu": {"seeds": TEN_SEEDS, "models": {"0.23M": {**CPU_MODEL, "rows": SHORT}}}}
-scales["long"] = {"seeds": SEEDS, "protocol": "paper", "models": {
-    "1.9M": {**LONG["1.9M"], "rows": SHORT},
-    "1.9M at twice the rate": {**LONG["1.9M"], "rows": SHORT, "tuning": {},
-                               "learning_rates": (8e-3,)}}}
+
+
+def long(size, twice):
+    """A size at its tuned rate, and at twice that rate."""
+    model = {**LONG[size], "rows": SHORT}
+    return {size: model, f"{size} at twice the rate": {**model, "tuning": {},
+                                                       "learning_rates": (twice,)}}
+
+
+scales = {"cpu": {"seeds": TEN_SEEDS, "models": {"0.23M": {**CPU_MODEL, "rows": SHORT}}},
+          "long": {"seeds": SEEDS, "protocol": "paper",
+                   "models": {**long("0.46M", 8e-3), **long("1.9M", 8e-3)}}}
 for scale, spec in (("gpu", GPU), ("paper", PAPER)):
     scales[scale] = {**spec, "rows": {row: {"max_iters": steps} for row, steps in
                                       zip(list(rows)[3:], longer[scale])}}

@@ -144,12 +144,13 @@ def fit_lines(results):
     lines = []
     for fit in results["fits"]:
         (_, b1), (_, b2) = fit["laws"]
+        net = ", ".join(f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, {where})"
+                        for where, cost in costs_of(results, fit).items())
         lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']} sizes: the pooled "
                   f"gain is {interval(fit['gain'])}. Fits L = a C^−b have b = {b1:.4f} for "
                   f"{fit['other']} and {b2:.4f} for {fit['row']}; the compute multiplier at "
-                  f"{fit['largest']} is {multiplier(fit)}. Divided by the time of a step it is "
-                  + ", ".join(f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, {where})"
-                              for where, cost in costs_of(results, fit).items()) + "."]
+                  f"{fit['largest']} is {multiplier(fit)}."
+                  + (f" Divided by the time of a step it is {net}." if net else "")]
     return lines
 
 

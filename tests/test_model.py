@@ -241,6 +241,8 @@ def test_generate():
     (dict(n_embd=12), "n_embd/n_head=3 is odd"),
     (dict(n_kv_head=3), "n_head=4 is not divisible by n_kv_head=3"),
     (dict(n_layer=0), "n_layer=0 must be at least 1"),
+    (dict(n_layer=10 ** 6), "n_layer=1000000 must be at most 10000"),
+    (dict(n_embd=10 ** 18), "n_embd=1000000000000000000 must be at most 10000000"),
     (dict(norm_eps=0.0), "norm_eps=0.0 must be above 0"),
     (dict(n_expert=-1), "n_expert=-1 must be at least 0"),
     (dict(n_expert=2, n_expert_active=3), "n_expert_active=3 is more than n_expert=2"),
