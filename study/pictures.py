@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from lib.disk import write_whole  # noqa: E402
-from study.evidence import paired  # noqa: E402
+from study.evidence import half_width, paired  # noqa: E402
 from study.tables import paper_value  # noqa: E402
 
 DPI, WIDTH = 100, 10  # inches
@@ -160,26 +160,45 @@ def learning_rates(results):
 
 
 def scaling(results):
-    """Terminal loss over compute, both axes logarithmic, with the fits L = a C^-b."""
-    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 5), layout="constrained")
+    """Left: terminal loss over compute, both axes logarithmic, with the fits L = a C^-b. Right: the
+    difference at each size with its 95% interval, dashed the mean over sizes."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 5), layout="constrained")
     for color, row in enumerate(results["rows"]):
         points = [(results["models"][model]["flops"], found["rows"][row]["tuned"]["loss"])
                   for model, found in results["results"].items()
                   if found["rows"].get(row, {}).get("tuned", {}).get("loss")]
         if points:
-            axis.loglog(*zip(*points), "o", color=f"C{color}", label=row)
+            axes[0].loglog(*zip(*points), "o", color=f"C{color}", label=row)
         laws = [law for fit in results["fits"] for law, name in
                 zip(fit["laws"], (fit["other"], fit["row"])) if name == row]
         if laws and points:
             (a, b), compute = laws[0], [c for c, _ in points]
             ends = [min(compute), max(compute)]
-            axis.plot(ends, [a * c ** -b for c in ends], "--", color=f"C{color}", linewidth=1,
-                      label=f"{a:.3g} C^−{b:.4f}")
-    axis.set(xlabel="training compute (FLOPs)", ylabel="terminal validation loss")
-    axis.xaxis.set_minor_formatter("")
-    axis.yaxis.set_major_formatter("{x:.2f}")
-    axis.yaxis.set_minor_formatter("{x:.2f}")
-    legend(axis, 2)
+            axes[0].plot(ends, [a * c ** -b for c in ends], "--", color=f"C{color}", linewidth=1,
+                         label=f"{a:.3g} C^−{b:.4f}")
+    axes[0].set(xlabel="training compute (FLOPs)", ylabel="terminal validation loss")
+    axes[0].yaxis.set_major_locator(plt.MaxNLocator(8))
+    axes[0].yaxis.set_major_formatter("{x:.2f}")
+    axes[0].yaxis.set_minor_formatter("")
+    legend(axes[0], 2)
+
+    for place, fit in enumerate(results["fits"]):
+        color = f"C{list(results['rows']).index(fit['other'])}"
+        points = [(results["models"][model]["flops"] * 1.12 ** place, c["tuned"])
+                  for model, found in results["results"].items() for c in found["comparisons"]
+                  if (c["row"], c["other"]) == (fit["row"], fit["other"])]
+        points = [(compute, p) for compute, p in points if half_width(p)]
+        axes[1].errorbar([compute for compute, _ in points], [p["difference"] for _, p in points],
+                         [half_width(p) for _, p in points], fmt="o", color=color,
+                         label=f"{fit['row']} minus {fit['other']}")
+        axes[1].axhline(fit["gain"]["difference"], color=color, linestyle="--", linewidth=1)
+    axes[1].axhline(0, color="black", linewidth=1)
+    axes[1].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="difference of the loss",
+                title="bars: 95% interval, dashed: the mean over sizes")
+    axes[1].title.set_fontsize(9)
+    legend(axes[1], 1)
+    for axis in axes:
+        axis.xaxis.set_minor_formatter("")
     return figure
 
 
