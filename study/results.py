@@ -84,7 +84,7 @@ def record_of(cell, run, loss, matrices):
     record = {**{key: value for key, value in cell._asdict().items() if key != "tuning" or value},
               "state": "done" if math.isfinite(loss) else "diverged",
               "settings": digest(run.settings), "code": run.made_by().get("code", ""),
-              "data": run.record["data"] if run.is_recorded else run.data}
+              "data": run.data}
     if run.is_recorded:
         return {**run.record, **record}
     if record["state"] == "done":

@@ -115,7 +115,11 @@ class Run:
 
     @property
     def data(self):
-        return data_of(self.settings.get("dataset", DEFAULTS["dataset"]))
+        """A hash of the data that it was made on, or will be; "" where that is not known."""
+        if self.is_recorded:
+            return self.record["data"]
+        dataset = self.settings.get("dataset", DEFAULTS["dataset"])
+        return self.made_by().get("data") or data_of(dataset)
 
     @property
     def has_ended(self):
@@ -164,19 +168,25 @@ class RunFolders:
         if (key, made_by) not in self.given:
             def rank(folder):
                 return (folder / "summary.json").is_file(), self.stamp(folder) == code()
-            fit = [f for f in self.folders.get(key, []) if made_by in (None, self.stamp(f))]
-            folder = max(fit, key=rank) if fit else self.free(label, keys, key, made_by)
+            data = data_of(settings.get("dataset", DEFAULTS["dataset"]))
+            fit = [f for f in self.folders.get(key, []) if self.fits(f, made_by, data)]
+            folder = max(fit, key=rank) if fit else self.free(label, keys, key, made_by, data)
             self.given[key, made_by] = run = Run(arguments, settings, folder)
             records = [r for r in self.records.get(key, []) if made_by in (None, r["code"])
-                       and run.data in ("", r["data"])]
+                       and data in ("", r["data"])]
             run.record = max(records, key=lambda r: r["code"] == code(), default={})
         return self.given[key, made_by]
 
     @staticmethod
-    def stamp(folder):
-        return read_json(folder / "made_by.json").get("code")
+    def stamp(folder, what="code"):
+        return read_json(folder / "made_by.json").get(what)
 
-    def free(self, label, keys, key, made_by):
+    def fits(self, folder, made_by, data):
+        """Was a folder's run made by this code, or any for None, and on this data, if known?"""
+        return made_by in (None, self.stamp(folder)) and (
+            not data or self.stamp(folder, "data") in (None, "", data))
+
+    def free(self, label, keys, key, made_by, data):
         """A folder that nothing else has, named after label, rate, seed and settings. Another tool
         at work here may have made it since we looked: a run of the same settings shares it."""
         rate, seed = (keys.get(k, "") for k in ("learning_rate", "seed"))
@@ -184,7 +194,7 @@ class RunFolders:
         taken = {run.folder for run in self.given.values()}
         for number in itertools.count(1):
             folder = self.out / (f"{name}-{number}" if number > 1 else name)
-            same = self.held(folder) == key and made_by in (None, self.stamp(folder))
+            same = self.held(folder) == key and self.fits(folder, made_by, data)
             if folder not in taken and (same or not folder.exists()):
                 return folder
 
@@ -262,11 +272,11 @@ class Pool:
 
 
 def stamp_run(run):
-    """Write made_by.json: command, device, versions and code, of which a resumed run may have
+    """Write made_by.json: command, device, versions, data and code, of which a resumed run may have
     several."""
     before = read_json(run.folder / "made_by.json").get("code", "")
     codes = dict.fromkeys([*filter(None, before.split(", ")), code()])
     made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
                "device": device_name(), "torch": torch.__version__,
-               "python": platform.python_version(), "code": ", ".join(codes)}
+               "python": platform.python_version(), "code": ", ".join(codes), "data": run.data}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

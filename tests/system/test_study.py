@@ -198,7 +198,7 @@ def test_an_idea_is_a_row_of_the_track(tmp_path):
 
 # ---- run folders ---------------------------------------------------------------------------------
 
-def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **stored):
+def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, data="", **stored):
     """What train.py leaves, without training."""
     settings = to_dict(load_config([str(ROOT / arguments[0]), *arguments[1:]]))
     files = {"config.json": {**settings, **stored}}
@@ -206,7 +206,7 @@ def write_run(folder, arguments, val_loss=1.5, finished=True, made_by=None, **st
         files["summary.json"] = {"val_loss": val_loss, "steps": 1, "tokens": 8, "params": 9,
                                  "scale_params": 1, "seconds": 1.0}
     if made_by:
-        files["made_by.json"] = {"code": made_by}
+        files["made_by.json"] = {"code": made_by, "data": data}
     folder.mkdir(parents=True)
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values), encoding="utf-8")
@@ -226,20 +226,22 @@ def test_a_run_is_known_by_its_settings(tmp_path):
     assert other.state == "missing" and other.folder != found.folder
 
 
-def test_only_todays_code_counts_for_a_row_of_yours(tmp_path, monkeypatch):
+def test_only_equal_data_counts_and_only_todays_code_for_yours(tmp_path, monkeypatch):
     def find(out, records=None, **how):
         return RunFolders(tmp_path / out, records).find("x", CONFIG, {"seed": 1}, **how)
 
-    write_run(tmp_path / "out" / "a", [CONFIG, "--seed=1"], made_by="earlier")
+    write_run(tmp_path / "out" / "a", [CONFIG, "--seed=1"], made_by="earlier", data="same")
     key = digest(find("none").settings)
     records = {key: [{"state": "done", "code": "earlier", "data": "same", "val_loss": 1.0}]}
     monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
     assert find("none", records).has_ended  # a result counts as done, on equal data
     assert not find("none", records, made_by=code()).has_ended
+    assert find("out").folder.name == "a" and find("out").data == "same"
     monkeypatch.setattr("study.runs.data_of", lambda dataset: "other")
     assert not find("none", records).has_ended
+    assert not find("out").has_ended and find("out").data == "other"
 
-    assert find("out", records).folder.name == "a"
+    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
     mine = find("out", records, made_by=code())
     assert mine.state == "missing" and mine.folder.name.endswith(code()[:6])
     write_run(mine.folder, [CONFIG, "--seed=1"], made_by=code())
@@ -492,6 +494,7 @@ def test_committed_summaries_follow_from_their_runs(path):
     for cell, record in runs.items():  # so that the runs count as done where out/ is gone
         config = config_of(study.models[cell.model].config, study.keys(cell))
         assert record["settings"] == digest(settings_of(to_dict(config))), cell
+        assert record["data"], "evaluated where the dataset was missing"
     assert as_text(results) == path.read_text(encoding="utf-8")
 
 
