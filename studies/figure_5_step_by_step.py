@@ -33,7 +33,7 @@ comparisons = {
     # ours
     ("baseline without decay on γ", "baseline"): {}, ("unified", "baseline without decay on γ"): {},
     ("HG + DNP + OR", "HG + DNP"): {}, ("HG + DNP + ER", "HG + DNP + OR"): {},
-    ("HG + DNP + ER + IWD", "unified"): {},
+    ("HG + DNP + ER + IWD", "HG + DNP + ER"): {}, ("HG + DNP + ER + IWD", "unified"): {},
 }
 # the paper draws unified in the last panel only
 panels = [["baseline", "HG", "unified"], ["HG", "HG + AP", "HG + DP", "HG + DNP"],

@@ -9,5 +9,5 @@ for factor in (3.0, 10.0):
     for row in ("baseline", "HG + DNP + IWD", "unified"):
         rows[f"{row} x{factor:g}"] = {**rows[row], "scale_lr": factor}
 comparisons = {(row, row.partition(" x")[0] if " x" in row else "baseline"): {}
-               for row in list(rows)[1:]}
+               for row in list(rows)[1:]} | {("HG + DNP + IWD x3", "unified"): {}}
 scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}

@@ -3,10 +3,11 @@ From losses to what they show: differences paired by seed, their intervals, best
 
   paired           mean and 95% t-interval of the differences between two rows
   pooled           the same of a weighted sum over sizes
-  seeds_needed     how many seeds would show a difference
-  best_rate        the learning rate of least mean loss
+  seeds_needed     how many seeds would make an interval that narrow
+  best_rate        the learning rate of least mean loss on the tuning seeds
+  own_rate         for a row of its own: the better, over all seeds, of that and the tuned rate
   summarize        every row against the row it is compared with, by two protocols
-  fit_scaling      L = a C^-b over sizes, the compute multiplier and the pooled gain
+  fit_scaling      L = a C^-b over sizes, the compute multiplier, the pooled gain and its trend
   verdict, judge   does it agree with the paper; does an idea count as better
 
 `losses` maps a study.plan.Cell to a terminal validation loss, infinite where the run diverged.
@@ -104,16 +105,27 @@ def best_rates(losses, study, whole=True):
             for model in study.models for row in study.rows_of(model)}
 
 
+def own_rate(losses, model, row, rates):
+    """Of these rates, the one at which a row has the least mean loss over the seeds that it has at
+    all of them; None for none."""
+    found = {rate: by_seed(losses, model, row, rate) for rate in rates if rate is not None}
+    seeds = set.intersection(*map(set, found.values())) if found else ()
+    return min(found, key=lambda rate: sum(found[rate][s] for s in seeds), default=None)
+
+
 def summarize(study, losses):
     """{model: {"tuned_rate", "rows": {row: {"tuned", "own"}}, "comparisons": [...]}}. "tuned": at
     the rate that is best for the first row, the paper's protocol; "own": each row at its own best
-    rate. A comparison has "row", "other", the paper's values and `paired` by both protocols."""
+    rate (`own_rate`). A comparison has "row", "other", the paper's values and `paired` by both
+    protocols."""
     best, out = best_rates(losses, study, whole=False), {}
     for model in study.models:
         labels = study.rows_of(model)
         tuned = best[model, labels[0]]
         rates = {"tuned": dict.fromkeys(labels, tuned),
-                 "own": {row: best[model, row] for row in labels}}
+                 "own": {row: best[model, row] and own_rate(
+                     losses, model, row, dict.fromkeys((tuned, best[model, row])))
+                     for row in labels}}
         found = {(protocol, row): by_seed(losses, model, row, rate)
                  for protocol, of_row in rates.items() for row, rate in of_row.items()}
         rows = {row: {protocol: describe(found[protocol, row], rates[protocol][row])
@@ -184,8 +196,9 @@ def compute_multiplier(compute, losses, others):
 
 def fit_scaling(study, losses, flops):
     """The scaling fits of every comparison at the tuned rates, over the models that have both rows:
-    `compute_multiplier` and "gain", the mean difference over sizes. [] for other studies, or below
-    two models. flops: {model: FLOPs of a run}."""
+    `compute_multiplier`; "gain", the mean difference over sizes; and "trend", how much the
+    difference grows with ten times the compute, the slope of a least-squares line through the means
+    of the sizes. [] for other studies, or below two models. flops: {model: FLOPs of a run}."""
     fits, best = [], best_rates(losses, study, whole=False)
     for row, other in study.comparisons if study.picture == "scaling" else ():
         points = []
@@ -197,7 +210,9 @@ def fit_scaling(study, losses, flops):
         if len(points) > 1:
             models, compute, a, b = zip(*points)
             differences = [shared_differences(*pair) for pair in zip(a, b)]
+            x = np.log10(compute) - np.mean(np.log10(compute))
             fits.append({"row": row, "other": other, "sizes": len(points), "largest": models[-1],
                          "gain": pooled([1 / len(points)] * len(points), differences),
+                         "trend": pooled((x / (x @ x)).tolist(), differences),
                          **compute_multiplier(compute, a, b)})
     return fits

@@ -130,13 +130,13 @@ def run_missing(work, args):
 
 
 def forecast(work):
-    """Print how many seeds would tell 0.005, by the spread of the runs that there are."""
+    """Print how many seeds would make an interval ± 0.005, by the spread of the runs there are."""
     losses = results.losses_of(work.find_all([*work.planned(), *work.earlier]))
     for model, found in summarize(work.study, losses).items():
         for c in found["comparisons"]:
             if seeds := seeds_needed(c.get("tuned")):
                 print(f"  {model}, {c['row']} against {c['other']}: {interval(c['tuned'])} over "
-                      f"{c['tuned']['seeds']} seeds; to tell 0.005 would take {seeds}")
+                      f"{c['tuned']['seeds']} seeds; ± 0.005 would take {seeds}")
 
 
 def show(work):

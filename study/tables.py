@@ -13,6 +13,8 @@ from pathlib import Path
 from study.evidence import half_width, paired, seeds_needed, verdict
 from study.plan import ROOT
 
+UNEQUAL = ("Rows with different seeds cannot be compared by their means: the differences below are "
+           "paired by seed.")
 EDGE = "\\* an end of its grid of rates, so perhaps not the best."
 # where, the paper's words for it, what is compared: the table of results in README.md
 README_ROWS = (
@@ -83,6 +85,10 @@ def table(results):
             lines.append(f"| {model} | {label} | {' | '.join(cells)} |")
     if any("\\*" in line for line in lines):
         lines += ["", EDGE]
+    for found in results["results"].values():
+        if len({row["tuned"]["seeds"] for row in found["rows"].values() if "tuned" in row}) > 1:
+            lines += ["", UNEQUAL]
+            break
     by_rate = rate_lines(results) if results["picture"] == "learning rates" else []
     more = ["", f"{results['missing']} runs of this study, or more, are still to be made."]
     return "\n".join([*lines, *by_rate, *comparison_lines(results), *fit_lines(results),
@@ -112,7 +118,7 @@ def comparison_lines(results):
     if seen:
         lines += ["", "Half the width of these intervals at the tuned rate is "
                   f"{spread(map(half_width, seen), '.4f')}. By the spread seen so far it would "
-                  f"take {spread(map(seeds_needed, seen), 'd', ' seeds')} to tell 0.005."]
+                  f"be 0.005 with {spread(map(seeds_needed, seen), 'd', ' seeds')}."]
     return lines
 
 
@@ -147,7 +153,8 @@ def fit_lines(results):
         net = ", ".join(f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, {where})"
                         for where, cost in costs_of(results, fit).items())
         lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']} sizes: the pooled "
-                  f"gain is {interval(fit['gain'])}. Fits L = a C^−b have b = {b1:.4f} for "
+                  f"gain is {interval(fit['gain'])}, and for ten times the compute it changes by "
+                  f"{interval(fit['trend'])}. Fits L = a C^−b have b = {b1:.4f} for "
                   f"{fit['other']} and {b2:.4f} for {fit['row']}; the compute multiplier at "
                   f"{fit['largest']} is {multiplier(fit)}."
                   + (f" Divided by the time of a step it is {net}." if net else "")]

@@ -28,8 +28,8 @@ from study.results import as_text, collect, curves, load_records
 from study.run import main, write_docs
 from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of
 
-SMOKE, TRACK, FIGURE_1, FIGURE_6 = (ROOT / "studies" / f"{name}.py" for name in (
-    "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling"))
+SMOKE, TRACK, FIGURE_1, FIGURE_6, FIGURE_7 = (ROOT / "studies" / f"{name}.py" for name in (
+    "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling", "figure_7_moe_scaling"))
 STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
 RESULTS = [p for p in sorted((ROOT / "results").glob("*.json"))
            if '"study"' in p.read_text(encoding="utf-8")[:100]]
@@ -137,6 +137,11 @@ def test_best_rate():
     assert best_rate(losses, study, "m", "a") == 2e-3
     assert best_rate(losses, study, "m", "b") is None  # one rate of two
     assert best_rate(losses, study, "m", "b", whole=False) is None  # the first row has more rates
+    assert evidence.own_rate(losses, "m", "a", (1e-3, 2e-3)) == 2e-3
+    losses[Cell("m", "a", 1e-3, 2)] = 0.0  # of a seed that the other rate lacks
+    assert evidence.own_rate(losses, "m", "a", (1e-3, 2e-3)) == 2e-3
+    losses[Cell("m", "a", 2e-3, 2)] = 9.0
+    assert evidence.own_rate(losses, "m", "a", (1e-3, 2e-3)) == 1e-3
     del losses["m", "a", 1e-3, 1, False]
     assert best_rate(losses, study, "m", "a") is None
     assert best_rate(losses, study, "m", "b", whole=False) == 2e-3
@@ -491,6 +496,12 @@ def test_committed_summaries_follow_from_their_runs(path):
     flops = {name: model["flops"] for name, model in results["models"].items()}
     assert rounded(summarize(study, losses)) == rounded(results["results"])
     assert rounded(evidence.fit_scaling(study, losses, flops)) == rounded(results["fits"])
+    for fit in results["fits"]:
+        points = [(math.log10(flops[model]), c["tuned"]["difference"])
+                  for model, found in results["results"].items() for c in found["comparisons"]
+                  if (c["row"], c["other"]) == (fit["row"], fit["other"]) and c["tuned"]]
+        slope = statistics.linear_regression(*zip(*points)).slope
+        assert fit["trend"]["difference"] == pytest.approx(slope)
     for cell, record in runs.items():  # so that the runs count as done where out/ is gone
         config = config_of(study.models[cell.model].config, study.keys(cell))
         assert record["settings"] == digest(settings_of(to_dict(config))), cell
@@ -517,8 +528,11 @@ def test_the_cost_of_a_step():
                          for name in ("bench_cpu", "gpu_B", "gpu_C"))
     races = {**cpu["races"], **gpu_c["one_billion"], **gpu_b["dense_and_mixture"]}
     medians = [races[name]["variants"]["unified"]["time_over_baseline"]["median"]
-               for name in ("configs/quickstart_baseline.py", "1B, 4 x 4096")]
-    assert list(load_study(FIGURE_6, "cpu").costs.values()) == pytest.approx(medians, abs=0.001)
+               for name in ("configs/quickstart_baseline.py", "0.12B, 16 x 1024", "1B, 4 x 4096",
+                            "MoE-0.5B, 4 x 1024")]
+    costs = [cost for study in (FIGURE_6, FIGURE_7)
+             for cost in load_study(study, "cpu").costs.values()]
+    assert costs == pytest.approx(medians, abs=0.001)
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for row in (row for race in races.values() for row in race["variants"].values()):
         ratio = row["time_over_baseline"]
