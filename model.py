@@ -82,11 +82,14 @@ def scaled_linears(c, d, shapes, norm_width=None, absorbed_by=None, tied=False):
     maps = []
     for name, shape in shapes.items():
         kind = name.removeprefix("shared_")  # the shared expert's gate is a gate
+        if kind not in {*MAPS, *READS_A_NORM}:
+            raise ValueError(f"the map {name!r} is in neither MAPS nor READS_A_NORM: add it")
         placement = "input" if kind in READS_A_NORM else None
         maps.append(ScaledLinear(
             (*shape, d), c.scale_placement if kind in c.placed_maps else placement,
             c.scale_vectors, c.scale_reparam, norm_width, c.norm_eps,
             (absorbed_by or {}).get(name), tied))
+        maps[-1].reads_a_norm = kind in READS_A_NORM
     readers = [m for name, m in zip(shapes, maps) if name not in ("router", "o", "down")]
     if all(m.placement.undoes_factor for m in readers):  # their Norm is left out: see pre_norm
         for m in readers:
@@ -313,10 +316,9 @@ class GPT(nn.Module):
         """
         std, small = self.config.init_std, self.config.init_std / (2 * self.config.n_layer) ** 0.5
         nn.init.normal_(self.embedding.weight, std=std)
-        for name, m in self.scaled_linears():
+        for _, m in self.scaled_linears():
             if not m.tied:
-                last = name.endswith((".o", "down"))
-                nn.init.normal_(m.weight, std=small if last else std)
+                nn.init.normal_(m.weight, std=std if m.reads_a_norm else small)
 
     def scaled_linears(self):
         """[(name, ScaledLinear)] of all linear maps."""
@@ -332,6 +334,8 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"a sequence of {start + T} tokens is longer than "
                              f"block_size={self.config.block_size}")
+        if start and T > 1:
+            raise ValueError(f"after the first piece, caches take one token at a time, not {T}")
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
         x = self.embedding(idx)  # (B, T, C)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
@@ -399,7 +403,10 @@ class GPT(nn.Module):
         return None if self.routers is None else self.routers.detach()
 
     def __getstate__(self):
-        return {**self.__dict__, "routers": None}  # tensors of a graph cannot be copied
+        """What a copy gets: no tensors of a graph, and no compiled loss, which is this model's."""
+        state = {**super().__getstate__(), "routers": None}
+        state.pop("loss", None)
+        return state
 
     def num_params(self, kind="total"):
         """Parameters: "total"; "active", those a token meets; "scale_vectors", every α and β."""

@@ -9,7 +9,7 @@ Scale vectors: everything this project is about, in one file. It imports torch o
   6. no map follows γ      OutputNorm
   7. making γ disappear    fold_scale_vectors
   8. who decays            SCALE_DECAY_POLICIES (IWD), weight_decay_groups
-  9. the product, fast     fused, pre_norm: the same results up to rounding, and ε in pre_norm
+  9. the product, fast     fused: equal up to rounding; pre_norm: also up to its ε
 
 Letters: x (..., d) an activation; W (m, d) a weight; v (d,) the scale vector on its input side,
 the paper's γ_b; u (m,) the one on its output side, γ_a; W̃ the effective weight. A stack of E
@@ -35,12 +35,13 @@ def rms_norm(x, eps=1e-6):
 # ---- 2. how γ is written -------------------------------------------------------------------------
 
 def original_reparam(beta, alpha):
-    """OR, original space (eq. 8): γ = β Norm(α). β sets the length, ‖γ‖ = |β| √d."""
+    """OR, original space (eq. 8): γ = β Norm(α), α not 0. β sets the length, ‖γ‖ = |β| √d."""
     return beta * rms_norm(alpha, eps=0.0)
 
 
 def exponential_reparam(beta, alpha):
-    """ER, exponential space (eq. 9): γ = e^β e^(α - mean α). All entries are positive."""
+    """ER, exponential space (eq. 9): γ = e^β e^(α - mean α). All entries are positive. Weight decay
+    pulls β and α to 0, and so γ to 1."""
     return (beta + alpha - alpha.mean(-1, keepdim=True)).exp()
 
 
@@ -184,7 +185,7 @@ class ScaledLinear(nn.Module):
                 absorbed_by.takes_over.append(self)
 
     def effective_weight(self, with_v=True):
-        """W̃ (..., m, d): W with the vectors that are multiplied into it, in the weight's dtype."""
+        """W̃ (..., m, d): W with the vectors that are multiplied into it, in the wider dtype."""
         v = self.scale_in() if self.scale_in and with_v else None
         u = self.scale_out() if self.scale_out else None
         W = self.placement.weight(self.weight, v, u)
@@ -199,6 +200,8 @@ class ScaledLinear(nn.Module):
         m = self.weight.size(-2)
         if y.size(-1) == m:
             return rms_norm(y.unflatten(-1, (-1, self.norm_width)), self.eps).flatten(-2)
+        if self.norm_width != m:
+            raise ValueError("a norm over heads cannot read appended zeros: give pad=False")
         coverage = m / y.size(-1)  # y ends in appended zeros, which mean(y²) must not count
         return rms_norm(y, self.eps * coverage) * coverage ** 0.5
 
@@ -224,6 +227,8 @@ def share_input_scale(maps):
     need_length = [m for m in readers if not m.placement.undoes_factor] or readers
     shared = need_length[0].scale_in  # one with a β, if any reader needs γ's length
     for m in readers:
+        if (m.scale_in.shape[-1], m.scale_in.reparam) != (shared.shape[-1], shared.reparam):
+            raise ValueError("maps that share a γ must read equal widths and write γ in one way")
         del m.scale_in
         m.__dict__["scale_in"] = shared
     readers[0].scale_in = shared  # a child of the first map only, so that it has one name
@@ -236,10 +241,11 @@ class OutputNorm(nn.Module):
 
     def __init__(self, dim, vectors=True, reparam="none", eps=1e-6):
         super().__init__()
-        self.eps = eps
+        self.dim, self.eps = dim, eps
         self.scale = ScaleVector((dim,), False, False, reparam) if vectors else None
 
     def forward(self, z):
+        appended(z, self.dim, possible=False)  # refuses another width
         return scale(rms_norm(z, self.eps), self.scale() if self.scale else None)
 
 
@@ -250,14 +256,24 @@ def named_scale_vectors(model):
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ScaleVector)]
 
 
+def check_vectors(model):
+    """Raise ValueError if a map reads or applies a vector of a map that the model no longer has."""
+    present = {None, *model.modules()}
+    for name, m in model.named_modules():
+        if isinstance(m, ScaledLinear) and not {m.scale_in, *m.takes_over} <= present:
+            raise ValueError(f"{name} uses a scale vector of a map that the model does not have: if"
+                             " one was replaced, make those that share a vector with it anew")
+
+
 @torch.no_grad()
 def fold_scale_vectors(model):
     """A copy of equal outputs in which every absorbable γ has been multiplied into a weight, and
     the others are written as plain γ (ours)."""
+    check_vectors(model)
     model = copy.deepcopy(model)
     maps = [m for m in model.modules() if isinstance(m, ScaledLinear) and not m.tied]
     for m, W in zip(maps, [m.effective_weight() for m in maps]):
-        m.weight.copy_(W)
+        m.weight = nn.Parameter(W.to(m.weight.dtype))  # one that two maps share becomes two
         m.scale_in, m.takes_over, m.placement = None, [], m.placement._replace(weight=input_weight)
         if m.placement.output is None or m.hands_over:
             m.scale_out = None
@@ -279,11 +295,12 @@ SCALE_DECAY_POLICIES = {
 }
 
 
-def weight_decay_groups(model, weight_decay, policy="input_norm"):
+def weight_decay_groups(model, weight_decay, policy):
     """torch.optim groups of (name, parameter) pairs for any model that holds ScaleVectors. Matrices
     decay, other parameters of one dimension or none do not, and scale vectors do by the policy: a
     name in SCALE_DECAY_POLICIES, or a function as there. A parameter's name tells layer, map and
     side, γ_b or γ_a, and part: "layers.3.attn.q.scale_in.alpha"."""
+    check_vectors(model)
     decays = SCALE_DECAY_POLICIES[policy] if isinstance(policy, str) else policy
     vectors = {p: m for _, m in named_scale_vectors(model) for p in m.parameters()}
     groups = {name: [] for name in ("matrices", "others", "scale_decayed", "scale")}
@@ -297,7 +314,7 @@ def weight_decay_groups(model, weight_decay, policy="input_norm"):
             for name, params in groups.items() if params]
 
 
-# ---- 9. the product W̃ x, fast: equal up to rounding, and ε in pre_norm -------------------------
+# ---- 9. the product W̃ x, fast ------------------------------------------------------------------
 
 # the public name came with PyTorch 2.10
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -334,7 +351,8 @@ def products(x, maps, routing=None, pad=False):
     copies = []
     for m in maps:
         W = m.effective_weight(with_v=not on_x).to(x.dtype)  # cast before they are stacked
-        rows, columns = -W.size(-2) % 8 if pad else 0, x.size(-1) - W.size(-1)
+        rows = -W.size(-2) % 8 if pad else 0
+        columns = appended(x, W.size(-1), possible=x.dtype == torch.bfloat16)
         copies.append(F.pad(W, (0, columns, 0, rows)) if rows or columns else W)
     W = torch.cat(copies, dim=-2) if len(copies) > 1 else copies[0]
     return product(x, W, routing).split([W.size(-2) for W in copies], dim=-1)
@@ -360,9 +378,17 @@ def scale(x, gamma):
     """γ ⊙ x, in x's dtype. Where x ends in channels that `products` appended, so does γ."""
     if gamma is None:
         return x
-    if gamma.size(-1) < x.size(-1):
-        gamma = F.pad(gamma, (0, x.size(-1) - gamma.size(-1)))
+    if columns := appended(x, gamma.size(-1)):
+        gamma = F.pad(gamma, (0, columns))
     return (x * gamma).to(x.dtype)
+
+
+def appended(x, width, possible=True):
+    """How many zero channels `products` has appended to x. Raises ValueError on another width."""
+    columns = x.size(-1) - width
+    if columns and not (possible and columns == -width % 8):
+        raise ValueError(f"the input has {x.size(-1)} channels, and {width} are expected")
+    return columns
 
 
 def per_row(gamma, routing):

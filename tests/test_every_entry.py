@@ -75,6 +75,7 @@ def check_claims(name):
     if placement.undoes_factor:
         torch.testing.assert_close(output(7 * y, u), output(y, u))
     if placement.keeps_zeros:
+        m.eps = 0.1
         padded = output(F.pad(y, (0, 4)), u)
         torch.testing.assert_close(padded, F.pad(output(y, u), (0, 4)))
 

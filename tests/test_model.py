@@ -3,6 +3,7 @@ Proves that the decoder and its mixtures are their formulas (tests/reference.py)
 every gradient; which scale vectors there are; how a model starts; what it costs; how it generates;
 and which configurations are refused. Equal routes to one function: test_every_entry.py.
 """
+import copy
 import itertools
 import math
 
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 import model as model_file
 import sample
 from lib.process import INDUCTOR_OPTIONS
-from model import GPTConfig, MoE
-from norms import named_scale_vectors
+from model import GPTConfig, MoE, scaled_linears
+from norms import fold_scale_vectors, named_scale_vectors
 
 HG = {"scale_heterogeneous": True}
 HG_EVERYWHERE = {**HG, "scale_placement_on": EVERYWHERE}
@@ -156,6 +157,19 @@ def test_how_variants_start():
         assert same == (placement != "dual_norm"), placement
 
 
+def test_a_copy_has_no_compiled_code_of_its_model():
+    model = tiny_gpt()
+    model.loss = torch.compile(model.loss)
+    model.compile()
+    for copied in (copy.deepcopy(model), fold_scale_vectors(model)):
+        assert copied.loss.__self__ is copied and copied._compiled_call_impl is None
+
+
+def test_a_map_that_no_list_names_is_refused():
+    with pytest.raises(ValueError, match="'g' is in neither MAPS nor READS_A_NORM"):
+        scaled_linears(GPTConfig(), 768, {"q": (768,), "g": (768,)})
+
+
 # ---- what it costs -------------------------------------------------------------------------------
 
 def test_flops_and_active_parameters():
@@ -225,6 +239,10 @@ def test_generate():
         context = torch.cat((context, token[:, None]), 1)
     with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
         model(torch.zeros(1, 17, dtype=torch.long))
+    caches = [[]]
+    model(context[:, :4], caches=caches)
+    with pytest.raises(ValueError, match="take one token at a time, not 2"):
+        model(context[:, 4:6], caches=caches)
 
     values, ids = model(many)[0][:, -1].float().topk(7)
     probabilities = torch.zeros(100, 61).scatter(1, ids, (values / 2).softmax(-1))

@@ -12,7 +12,7 @@ from conftest import PAPER_PLACEMENTS
 
 from norms import (
     PLACEMENTS, REPARAMS, OutputNorm, Routing, ScaledLinear, ScaleVector, cached_scale_vectors,
-    pre_norm, rms_norm, share_input_scale, weight_decay_groups)
+    fold_scale_vectors, fused, pre_norm, rms_norm, scale, share_input_scale, weight_decay_groups)
 
 
 def random(*shape, seed=0):
@@ -45,6 +45,8 @@ def test_scale_vector(reparam):
                    for shape in ((3, 5), (5,)))
     assert torch.equal(vector(), torch.ones(3, 5).double())
     assert torch.equal(one(), torch.ones(5).double())
+    starts = {"none": {1}, "original": {1}, "exponential": {0}, "zero_centered": {0}}  # of α and β
+    assert {n for p in one.parameters() for n in p.tolist()} == starts.get(reparam, {0, 1})
     betas = {} if REPARAMS[reparam].beta is None else {"beta": (3, 1)}
     assert {name: p.shape for name, p in vector.named_parameters()} == {"alpha": (3, 5), **betas}
     for i, p in enumerate(vector.parameters()):
@@ -104,6 +106,50 @@ def test_dnp_undoes_the_pre_norm():
             assert (found - expected).norm() < tolerance * expected.norm()
     for other in (name for name, p in PLACEMENTS.items() if not p.undoes_factor):
         close(pre_norm(x, [m, scaled_linear((4, 6), other)]), rms_norm(x))
+
+
+def test_scaling_rounds_the_product_only():
+    """Near 1 a bfloat16 is as coarse as one step of Adam."""
+    x, gamma = random(4).bfloat16(), 1 + 2 ** -9 * torch.arange(4.0)
+    assert torch.equal(scale(x, gamma), (x.float() * gamma).bfloat16())
+
+
+def test_refusals():
+    """An input of another width, of one map or of several; a γ that cannot be shared; a norm over
+    heads after zeros were appended."""
+    x, (a, b) = torch.ones(2, 8), (ScaledLinear((5, 6), "dual_norm") for _ in range(2))
+    for read in (a, lambda x: fused(x, [a, b]), ScaledLinear((5, 6), None), OutputNorm(6)):
+        for wrong in (x, x[:, :4], x[:, :7].bfloat16()):
+            with pytest.raises(ValueError, match=f"has {wrong.size(-1)} channels, and 6 are"):
+                read(wrong)
+    for other in (ScaledLinear((5, 4), "input"), ScaledLinear((5, 6), "input", reparam="original")):
+        with pytest.raises(ValueError, match="must read equal widths"):
+            share_input_scale([ScaledLinear((5, 6), "input"), other])
+    with pytest.raises(ValueError, match="give pad=False"):
+        fused(x[:, :6].bfloat16(), [ScaledLinear((10, 6), "dual_norm", norm_width=5)], pad=True)
+
+
+@pytest.mark.parametrize("replaced", ["q", "v"])
+def test_a_map_that_is_replaced_leaves_no_vector_behind(replaced):
+    """q has the γ that k and v read; o applies v's γ_a."""
+    o = ScaledLinear((6, 6), None)
+    maps = {name: ScaledLinear((6, 6), "input") for name in "qk"}
+    maps |= {"v": ScaledLinear((6, 6), "dual_norm", absorbed_by=o), "o": o}
+    share_input_scale([maps["q"], maps["k"]])
+    model = torch.nn.ModuleDict(maps)
+    weight_decay_groups(model, 0.1, "all")
+    model[replaced] = ScaledLinear((6, 6), "input")
+    for use in (fold_scale_vectors, lambda model: weight_decay_groups(model, 0.1, "all")):
+        with pytest.raises(ValueError, match=f"^{'k' if replaced == 'q' else 'o'} uses a scale"):
+            use(model)
+
+
+def test_folding_maps_that_share_a_weight():
+    model = torch.nn.ModuleList([scaled_linear((4, 6), "dual"), scaled_linear((4, 6), "dual")])
+    model[1].weight = model[0].weight
+    model[1].scale_in.alpha.data += 1
+    for folded, m in zip(fold_scale_vectors(model), model):
+        close(folded(random(3, 6)), m(random(3, 6)))
 
 
 def test_nothing_stays_cached_after_an_error():
