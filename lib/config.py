@@ -142,6 +142,10 @@ def load_config(argv):
             known_key(key, "the command line")
             values[key] = parse_value(key, text if given else "True")
     values = {key: check_type(key, value) for key, value in values.items()}
+    given = {arg[2:].partition("=")[0] for arg in argv}
+    if values.get("max_iters") and "tokens_per_param" in given and "max_iters" not in given:
+        raise ValueError(f"--tokens_per_param has no effect beside max_iters={values['max_iters']}"
+                         f": add --max_iters=0")
     names = [f.name for f in dataclasses.fields(GPTConfig) if f.name in values]
     model = GPTConfig(**{name: values.pop(name) for name in names})
     return TrainConfig(**values, model=model)
@@ -165,6 +169,7 @@ def read_config_file(path):
     names, folder = {"__name__": "config", "__file__": str(path)}, str(path.resolve().parent)
     # annotations are kept as text: `device: cuda` is not to fail because `cuda` is no name
     flags = __future__.annotations.compiler_flag
+    imported = set(sys.modules)
     sys.path.insert(0, folder)
     try:
         exec(compile(path.read_bytes(), str(path), "exec", flags), names)
@@ -173,10 +178,16 @@ def read_config_file(path):
         raise ValueError(f"{path} does not run: {reason}") from None
     finally:
         sys.path.remove(folder)
+        parts = [sys.modules.pop(name) for name in set(sys.modules) - imported
+                 if keys_of(sys.modules[name])]  # neighbours of one name may differ
 
     for key, value in names.pop("__annotations__", {}).items():
         if key not in names:  # `n_layer: 12` annotates a name and assigns nothing
             raise ValueError(f"{path}: `{key}: {value}` assigns nothing: write `{key} = {value}`")
+    for part in (*parts, *(value for value in names.values() if keys_of(value))):
+        if not keys_of(part) & names.keys():
+            raise ValueError(f"{path}: to import {part.__name__} takes nothing over: write "
+                             f"`from {part.__name__} import *`")
     own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     values = {name: value for name, value in names.items()
               if name in FIELDS or not (name.startswith("_") or isinstance(value, own))}
@@ -186,6 +197,12 @@ def read_config_file(path):
     for name in values:
         known_key(name, path)
     return values
+
+
+def keys_of(module):
+    """The keys that a module assigns; none of what is no module. numpy's dtype is no such value."""
+    return isinstance(module, types.ModuleType) and {
+        key for key in FIELDS if isinstance(vars(module).get(key), (bool, int, float, str))}
 
 
 def describe_keys():

@@ -25,7 +25,8 @@ PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms")
 # all rows of a study share these and eval_*: a row may differ from the others in its strategy only
 SHARED_KEYS = {"dataset", "vocab_size", "block_size", "batch_size", "gradient_accumulation_steps",
                "max_iters", "tokens_per_param", "seed", "learning_rate", "min_lr", "warmup_iters",
-               "schedule", "decay_share", "decay_shape", "max_bad_steps", "resume", "overwrite"}
+               "schedule", "decay_share", "decay_shape", "max_bad_steps", "resume",
+               "device", "dtype", "compile"}
 
 
 class Cell(NamedTuple):
@@ -80,7 +81,11 @@ class Study:
                 "rows must be {label: {key: value}}, one row or more")
         require(all(isinstance(row, str) and "," not in row for row in rows),
                 "a row's label must be a string without a comma, which --rows puts between labels")
+        require(not any({"learning_rate", "seed"} & keys.keys() for keys in rows.values()),
+                "a row sets learning_rate or seed: leave them to the models' grids and 'seeds'")
         require(self.seeds and self.models, "'seeds' and 'models' must be one or more")
+        require(self.protocol in ("paper", "both") and self.tuning_seeds in range(1, 1000),
+                "'protocol' is \"paper\" or \"both\", and 'tuning_seeds' 1 or more")
         paper = [value for values in self.comparisons.values() for value in values.values()]
         require(all(map(is_number, paper)), "comparisons must be "
                 "{(row, other row): {model: the paper's difference}}")
@@ -133,14 +138,19 @@ class Study:
     def check_rows(self):
         """The datasets of all rows. Raises ValueError if train.py would refuse a row: before any
         run, though that row may come hours later."""
-        datasets = set()
+        datasets, known = set(), {}
         for name, model in self.models.items():
             for row, rate in itertools.product(self.rows_of(name), model.learning_rates):
                 keys = self.keys(Cell(name, row, rate, self.seeds[0]))
                 try:
-                    datasets.add(config_of(model.config, keys).dataset)
+                    config = config_of(model.config, keys)
                 except ValueError as error:
                     raise ValueError(f"row {row!r}: {error}") from None
+                datasets.add(config.dataset)
+                same = known.setdefault((name, repr(config)), row)
+                if same != row:
+                    raise ValueError(f"row {row!r} is the same run as {same!r}: its keys change "
+                                     "nothing")
         return datasets
 
 

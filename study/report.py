@@ -223,7 +223,8 @@ def table(runs):
     for name, run in names.items():
         s = read_summary(run)
         if s is None:
-            lines.append(f"{name:<{width}} not finished")
+            diverged = (Path(run) / "diverged.txt").is_file()
+            lines.append(f"{name:<{width}} {'diverged' if diverged else 'not finished'}")
             continue
         loss = "not finite" if s["val_loss"] is None else f"{s['val_loss']:.4f}"
         bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"

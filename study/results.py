@@ -25,7 +25,12 @@ def load_results(path):
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         for run in results["runs"]:
-            cell_of(run), run["state"], run["curve"]
+            cell_of(run)
+            if not all(isinstance(run[key], str) for key in ("state", "settings", "code", "data")):
+                raise TypeError
+            if run["state"] == "done" and not isinstance(run["val_loss"] or 0.0, float):
+                raise TypeError
+            list(run.get("curve", ()))
         return results
     except FileNotFoundError:
         return {}
@@ -42,9 +47,11 @@ def load_records(own, with_norms=False):
         try:
             runs = load_results(path)["runs"]
         except ValueError:
+            if '"study"' in path.read_text(encoding="utf-8", errors="replace")[:100]:
+                print(f"passed over: {path} is damaged, so its runs do not count")
             continue  # of another tool
         for run in runs:
-            if "settings" in run and ("norms" in run or not with_norms):
+            if "norms" in run or not with_norms:
                 records.setdefault(run["settings"], []).append(run)
     return records
 
@@ -81,10 +88,12 @@ def losses_of(runs):
 
 def record_of(cell, run, loss, matrices):
     """What the JSON holds of a run."""
+    made_by = run.made_by()
     record = {**{key: value for key, value in cell._asdict().items() if key != "tuning" or value},
               "state": "done" if math.isfinite(loss) else "diverged",
-              "settings": digest(run.settings), "code": run.made_by().get("code", ""),
-              "data": run.data}
+              "settings": digest(run.settings), "data": run.data,
+              **{key: made_by[key] for key in ("device", "torch") if made_by.get(key)},
+              "code": made_by.get("code", "")}
     if run.is_recorded:
         return {**run.record, **record}
     if record["state"] == "done":
@@ -155,8 +164,8 @@ def write_results(results, path):
             print(f"  {c['row']} against {c['other']}: {judge(results['rule'], c)}")
     earlier = dict.fromkeys(run["row"] for run in results["runs"] if run["code"] != code())
     if earlier:
-        print(f"made by earlier code: {', '.join(earlier)}. If a change in norms.py, model.py or "
-              "optim.py matters to a row, --redo ROW makes it anew")
+        print(f"made by earlier code: {', '.join(earlier)}. If a change since then matters to a "
+              "row, --redo ROW makes it anew")
     try:
         from study.pictures import draw
         draw(results, path.with_suffix(".png"))

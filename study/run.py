@@ -44,17 +44,22 @@ class Work:
         self.pinned = {"yours", *args.redo}  # rows of which only runs by today's code count
         self.earlier = results.cells_before(before, study, self.find)
 
-    def find(self, cell):
-        """The Run of a cell."""
-        if cell not in self.runs:
+    def find(self, cell, pinned=True):
+        """The Run of a cell; pinned: of today's code where the row asks for it."""
+        made_by = code() if cell.row in self.pinned and pinned else None
+        if (cell, made_by) not in self.runs:
             label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
-            self.runs[cell] = self.folders.find(label, self.study.models[cell.model].config,
-                                                self.study.keys(cell),
-                                                code() if cell.row in self.pinned else None)
-        return self.runs[cell]
+            self.runs[cell, made_by] = self.folders.find(
+                label, self.study.models[cell.model].config, self.study.keys(cell), made_by)
+        return self.runs[cell, made_by]
 
     def find_all(self, cells):
         return {cell: self.find(cell) for cell in cells}
+
+    def find_ended(self, cells):
+        """{cell: Run}; of a row to redo, the earlier run until there is another."""
+        return {cell: self.find(cell, self.find(cell).has_ended or cell.row == "yours")
+                for cell in cells}
 
     def with_seeds(self, rows, seeds, whole=True):
         """The cells of the second phase, by the rates that the first has found (so far)."""
@@ -181,11 +186,10 @@ def write_docs(root=ROOT):
 
 def whole_numbers(text):
     """(1, 2) of "1,2"."""
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of whole numbers: write them as in 1,2,3") from None
+            f"{text!r} is no list of whole numbers: write them as in 1,2,3")
+    return tuple(map(int, text.split(",")))
 
 
 def labels(text):
@@ -257,19 +261,25 @@ def run_study(args):
     study.protocol = args.protocol or study.protocol
     study.select_rows([*(args.rows or []), *args.redo])  # before any work
     datasets = study.check_rows()
-    if not args.print and not args.evaluate:
-        find_data(datasets)  # runs in results count for equal data only
     path = Path(args.results) / f"{study.name}_{args.scale}.json"
-    before = {} if args.print else results.load_results(path)
     out = Path(args.out or ROOT / "out" / "studies" / args.scale).absolute()
-    folders = RunFolders(out, results.load_records(path, bool(study.matrices)))
-    work = Work(study, folders, args, before)
+
+    def look():
+        """The study as it stands now, and what its JSON holds."""
+        before = {} if args.print else results.load_results(path)
+        folders = RunFolders(out, results.load_records(path, bool(study.matrices)))
+        return Work(study, folders, args, before), before
     if args.print:
-        show(work)
+        show(look()[0])
         return True
-    failed = [] if args.evaluate else run_missing(work, args)
+    failed = []
+    if not args.evaluate:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        find_data(datasets)  # runs in results count for equal data only
+        failed = run_missing(look()[0], args)
+    work, before = look()  # again: the same study may have ended elsewhere with other seeds
     planned = work.planned()
-    runs = work.find_all([*planned, *work.earlier])
+    runs = work.find_ended([*planned, *work.earlier])
     found = results.collect(study, args.scale, runs, planned, command_of(args), before)
     results.write_results(found, path)
     for line in failed:
@@ -279,8 +289,9 @@ def run_study(args):
 
 def main(argv=None):
     args = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C; nohup ignores the second
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         if args.docs:
             said = "\n".join(f"wrote {path}" for path in write_docs())

@@ -35,7 +35,7 @@ from study.plan import ROOT, config_of
 NOT_SETTINGS = {"out_dir", "resume", "checkpoint_interval", "keep_checkpoints", "log_interval",
                 "sample_tokens", "sample_prompt", "dist_timeout", "tokens_per_param"}
 DEFAULTS = {key: f.default for key, f in FIELDS.items() if key not in NOT_SETTINGS}
-CODE = ("norms.py", "model.py", "optim.py")
+CODE = ("norms.py", "model.py", "optim.py", "train.py", "lib/config.py", "lib/data.py")
 NUMBERS = ("steps", "tokens", "params", "scale_params", "seconds")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
@@ -139,9 +139,7 @@ class Run:
 
     def made_by(self):
         """The run's command, device, versions and code, as far as they are known."""
-        if self.is_recorded:
-            return {"code": self.record["code"]}
-        return read_json(self.folder / "made_by.json")
+        return self.record if self.is_recorded else read_json(self.folder / "made_by.json")
 
 
 class RunFolders:
@@ -155,9 +153,12 @@ class RunFolders:
 
     @staticmethod
     def held(folder):
-        """The digest of the run that a folder holds; None if it holds none."""
+        """The digest of the run that a folder holds, or that was started in it and made no step;
+        None if it holds none, or one that somebody has continued with other settings."""
         stored = read_json(folder / "config.json")
-        return digest(settings_of(stored)) if stored else None
+        started = read_json(folder / "made_by.json").get("settings")
+        found = digest(settings_of(stored)) if stored else started
+        return found if started in (None, found) else None
 
     def find(self, label, config_file, keys, made_by=None):
         """The Run of these keys on top of a config file: in the folder that holds it, or in a new
@@ -278,5 +279,6 @@ def stamp_run(run):
     codes = dict.fromkeys([*filter(None, before.split(", ")), code()])
     made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
                "device": device_name(), "torch": torch.__version__,
-               "python": platform.python_version(), "code": ", ".join(codes), "data": run.data}
+               "python": platform.python_version(), "code": ", ".join(codes), "data": run.data,
+               "settings": digest(run.settings)}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

@@ -5,6 +5,7 @@ A study's results as Markdown: the tables in docs/studies.md and the table of re
   readme      five rows that say what holds at the smallest scale
   fill        a text with its generated blocks written anew
 """
+import itertools
 import json
 import re
 import statistics
@@ -138,11 +139,13 @@ def rate_lines(results):
     losses = {}
     for run in results["runs"]:
         value = run["val_loss"] if run["state"] == "done" else float("inf")
-        losses.setdefault((run["row"], run["learning_rate"]), {})[run["seed"]] = value
-    for row in rows:
-        cells = [interval(paired(losses.get((row, rate), {}), losses.get((first, rate), {})))
-                 for rate in rates]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+        cell = run["model"], run["row"], run["learning_rate"]
+        losses.setdefault(cell, {})[run["seed"]] = value
+    for model, row in itertools.product(results["results"], rows):
+        cells = [interval(paired(losses.get((model, row, rate), {}),
+                                 losses.get((model, first, rate), {}))) for rate in rates]
+        label = f"{model}, {row}" if len(results["results"]) > 1 else row
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 
@@ -152,7 +155,9 @@ def fit_lines(results):
         (_, b1), (_, b2) = fit["laws"]
         net = ", ".join(f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, {where})"
                         for where, cost in costs_of(results, fit).items())
-        lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']} sizes: the pooled "
+        left_out = len(results["results"]) - fit["sizes"]
+        of = f" of {len(results['results'])}" if left_out else ""
+        lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']}{of} sizes: the pooled "
                   f"gain is {interval(fit['gain'])}, and for ten times the compute it changes by "
                   f"{interval(fit['trend'])}. Fits L = a C^−b have b = {b1:.4f} for "
                   f"{fit['other']} and {b2:.4f} for {fit['row']}; the compute multiplier at "

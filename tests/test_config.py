@@ -37,6 +37,7 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--compile=yes"], "compile='yes' is unknown: choose one of auto, True, False"),
     (["--n_embd=100", "--n_head=3"], "n_embd=100 is not divisible by n_head=3"),
     (["--max_iters=0", "--tokens_per_param=0"], "tokens_per_param=0.0 with max_iters=0 makes no"),
+    (["configs/study_cpu.py", "--tokens_per_param=9"], "has no effect beside max_iters=2500"),
     (["configs/nothing.py"], "config file not found: configs/nothing.py"),
     (["configs/quickstart.py", "max_iters", "3"], "one config file at most"),
     (SHORT, "no dataset at data/none: make it with"),
@@ -61,6 +62,8 @@ def test_no_configuration():
     ("_n_layer = 3", "{} assigns no key: a config is a Python file"),
     ("from math import *", "unknown key 'pi' in {}"),
     ("def n_layer(): return 3", "n_layer=<function n_layer"),
+    ("import configs.unified\nn_layer = 3", "{}: to import configs.unified takes nothing over"),
+    ("from configs import unified\nn_layer = 3", "write `from configs.unified import *`"),
 ])
 def test_bad_config_files(tmp_path, text, message):
     path = tmp_path / "config.py"
@@ -70,7 +73,8 @@ def test_bad_config_files(tmp_path, text, message):
 
 def test_config_files_are_python(tmp_path):
     path = tmp_path / "config.py"
-    path.write_text("import math\nfrom math import sqrt\nfrom configs.unified import *\n"
+    path.write_text("import math, random, numpy, torch\nfrom math import sqrt\n"
+                    "from configs.unified import *\n"
                     "_width = 96  # é\nclass Note:\n  n_layer: int\ndef double(x): return 2 * x\n"
                     "n_embd = double(_width)\nlearning_rate: float = 1\nmax_iters = 1e3\n", "utf-8")
     config = load_config([str(path), "--n_layer=3", "--out_dir=5", "--resume", "--compile=False"])
@@ -89,6 +93,11 @@ def test_a_config_imports_its_neighbour(tmp_path, monkeypatch):
     config = load_config(["~/mine.py", "--dataset=~/data"])
     assert config.model.n_layer == 3 and str(tmp_path) not in sys.path
     assert (config.out_dir, config.dataset) == (f"{tmp_path}/out", f"{tmp_path}/data")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "my_base.py").write_text("n_layer = 5\nmax_iters = 500\n", "utf-8")
+    (tmp_path / "other" / "mine.py").write_text("from my_base import *\n", "utf-8")
+    assert load_config(["~/other/mine.py"]).model.n_layer == 5  # of the same name
 
 
 def test_config_json_given_back_as_keys_is_the_same_configuration():

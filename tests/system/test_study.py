@@ -26,7 +26,7 @@ from study.evidence import best_rate, judge, paired, pooled, seeds_needed, summa
 from study.plan import Cell, Study, config_of, load_study, read_idea
 from study.results import as_text, collect, curves, load_records
 from study.run import main, write_docs
-from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of
+from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of, stamp_run
 
 SMOKE, TRACK, FIGURE_1, FIGURE_6, FIGURE_7 = (ROOT / "studies" / f"{name}.py" for name in (
     "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling", "figure_7_moe_scaling"))
@@ -270,6 +270,12 @@ def test_a_new_run_gets_a_folder_that_nothing_else_has(tmp_path):
     Path(f"{wanted.folder}-2").mkdir()  # something else of that name
     again = RunFolders(tmp_path).find("baseline", CONFIG, keys)
     assert again.state == "missing" and again.folder.name == f"{wanted.folder.name}-3"
+    again.folder.mkdir()
+    stamp_run(again)  # it was started, and made no step
+    assert RunFolders(tmp_path).find("baseline", CONFIG, keys).folder == again.folder
+    assert RunFolders.held(again.folder) == digest(again.settings)
+    (again.folder / "config.json").write_text(json.dumps(longer), encoding="utf-8")
+    assert RunFolders.held(again.folder) is None  # somebody continued it by hand
 
 
 def test_how_a_run_ended(tmp_path):
@@ -415,7 +421,12 @@ def test_a_parts_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys
     assert [(run["seed"], run["val_loss"]) for run in results["runs"]] == [(1, 1.25), (77, 1.25)]
     assert results["fits"] == []
 
-    for damage, says in (({"settings": "other"}, "with other settings: move them away"),
+    assert main([*arguments, "--redo=baseline"]) == 0  # kept until today's code has made another
+    assert json.loads(path.read_text(encoding="utf-8"))["runs"] == results["runs"]
+
+    for damage, says in (({"code": None}, "does not hold a study's results"),
+                         ({"val_loss": "1"}, "does not hold a study's results"),
+                         ({"settings": "other"}, "with other settings: move them away"),
                          ({"row": "gone"}, "with other settings: move them away"),
                          ({"data": "other"}, "hold runs on other data than this machine has"),
                          (None, f"error: {path} does not hold a study's results")):
@@ -462,12 +473,17 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
     ("scales['cpu']['rows'] = {'x': {}}", "a row not there"),
     ("comparisons = {('unified', 'baseline'): {'0.12B': 'x'}}", "comparisons must be"),
     ("picture = 'x'", "picture must be"),
+    ("rows['unified'] = {'seed': 3}", "a row sets learning_rate or seed"),
+    ("rows['unified'] = {'scale_vectors': True}", "row 'unified' is the same run as 'baseline'"),
+    ("scales['cpu']['protocol'] = 'bth'", "'protocol' is"),
     ("rows['unified'] = {'min_lr': 5e-3}", "row 'unified': min_lr=0.005"),
     ("rows['unified'] = {'dataset': 'data/nope'}", "no dataset at data/nope"),
     # commands
     (["studies/nothing.py"], "study not found"),
     ([SMOKE, "--scale=huge"], "no such scale"),
     ([SMOKE, "--lerning_rate=1"], "unknown key"),
+    ([TRACK, "--dtype=bfloat16"], "dtype must be the same for every row"),
+    ([TRACK, "--scale_reparam=none"], "row 'yours' is the same run as 'baseline'"),
     ([SMOKE, "--rows=x"], "no row 'x'"),
     ([SMOKE, "--redo=x"], "no row 'x'"),
     ([TRACK, "--on=x"], "no such row")])
