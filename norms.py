@@ -1,5 +1,5 @@
 """
-Scale vectors: everything this project is about, in one file. It imports torch only; copy it alone.
+Scale vectors: everything this project is about, in one file to copy. It imports torch only.
 
   1. the normalization     rms_norm
   2. how γ is written      REPARAMS: OR, ER, and γ = 1 + α
