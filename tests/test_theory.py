@@ -427,6 +427,17 @@ def test_an_output_norm_under_decay():
 
 # ---- the figures ---------------------------------------------------------------------------------
 
+def test_steps_that_the_page_names():
+    """At each form's best rate of the figure's; a teacher that is never met is no step 0."""
+    targets, lrs = theory_figures.random(16, 4, 6), [0.01 * 2 ** (k / 2) for k in range(8, 13)]
+    best = [min(theory_figures.steps_to(student, targets, lr, limit=100) for lr in lrs)
+            for student in ("none", "standard", "dual", "original")]
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    assert "{:.0f} steps (none), {:.0f} (standard), {:.0f} (DP), {:.0f} (OR)".format(*best) in page
+    with pytest.raises(AssertionError, match="more than 20 steps"):
+        theory_figures.steps_to("none", targets, 1e-4, limit=20)
+
+
 @pytest.mark.parametrize("conflict", [False, True])
 def test_sharing_wins_in_agreement_and_heterogeneity_in_conflict(conflict):
     """At the start, by the formulas; over the figure's time, by the flow."""

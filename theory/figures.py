@@ -357,6 +357,7 @@ def steps_to(student, targets, lr, share=1e-2, limit=400):
         return teacher_loss(STUDENTS[student](*params), targets)
     path = adamw_path(lambda *p: losses(*p).sum(), start(student, targets), lr, limit)
     reached = torch.stack([losses(*p) for p in path]) < share * losses(*path[0])
+    assert reached.any(0).all(), f"{student} at lr={lr} needs more than {limit} steps"
     return reached.int().argmax(0).double().mean().item()
 
 
