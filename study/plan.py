@@ -51,7 +51,8 @@ class Model:
         require(isinstance(self.config, str), "'config' must be the path of a config file")
         require(all(isinstance(keys, dict) for keys in (self.keys, self.tuning)),
                 "'keys' and 'tuning' must be {key: value}")
-        require(self.learning_rates and all(map(is_number, self.learning_rates)),
+        rates = self.learning_rates
+        require(isinstance(rates, (tuple, list)) and rates and all(map(is_number, rates)),
                 "'learning_rates' must be one rate or more, such as (2e-3, 4e-3)")
 
 
@@ -83,7 +84,8 @@ class Study:
                 "a row's label must be a string without a comma, which --rows puts between labels")
         require(not any({"learning_rate", "seed"} & keys.keys() for keys in rows.values()),
                 "a row sets learning_rate or seed: leave them to the models' grids and 'seeds'")
-        require(self.seeds and self.models, "'seeds' and 'models' must be one or more")
+        require(isinstance(self.seeds, (tuple, list)) and self.seeds and self.models,
+                "'seeds' and 'models' must be one or more")
         require(self.protocol in ("paper", "both") and self.tuning_seeds in range(1, 1000),
                 "'protocol' is \"paper\" or \"both\", and 'tuning_seeds' 1 or more")
         paper = [value for values in self.comparisons.values() for value in values.values()]

@@ -24,7 +24,7 @@ README_ROWS = (
     ("5: HG, against the baseline", "figure_5_step_by_step_cpu", "HG", "baseline", "difference"),
     ("5: unified, against the baseline", "figure_5_step_by_step_cpu", "unified", "baseline",
      "difference"),
-    ("6: compute with which the baseline reaches unified's loss, over unified's",
+    ("6: how many times unified's compute the baseline needs for its loss",
      "figure_6_dense_scaling_long", "unified", "baseline", "multiplier"),
     ("ours: unified, against a baseline that does not decay γ, better at this size",
      "figure_5_step_by_step_cpu", "unified", "baseline without decay on γ", "difference"))

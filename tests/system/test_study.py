@@ -466,7 +466,7 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
     ("raise OSError('two\\nlines')", "does not run: OSError: two"),
     ("rows = {}", "rows must be"),
     ("rows = {'a, b': {}}", "without a comma"),
-    ("scales['cpu']['seeds'] = ()", "'seeds' and 'models' must be"),
+    ("scales['cpu']['seeds'] = 3", "'seeds' and 'models' must be"),
     ("del scales['cpu']['seeds']", "'seeds'"),
     ("panels = [['x']]", "names 'x'"),
     ("scales['cpu']['models']['tiny']['learning_rates'] = ('2e-3',)", "'learning_rates' must be"),
