@@ -15,7 +15,7 @@ comparisons = {
                                               "Gemma-0.5B, 10B tokens": -0.0008},
     ("decay Output-Norms only", "decay all"): {"Gemma-0.5B, 50B tokens": 0.0018,
                                                "Gemma-0.5B, 10B tokens": 0.0036},
-    ("decay none", "decay all"): {}}
+    ("decay none", "decay all"): {}, ("decay none", "decay Input-Norms only"): {}}
 scales = {
     "cpu": {"seeds": TEN_SEEDS, "protocol": "paper", "models": {
         "Gemma-like": {**CPU_MODEL, "keys": GEMMA, "learning_rates": MUON_RATES},

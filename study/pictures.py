@@ -77,6 +77,7 @@ def relative_loss(results):
     columns, lines = min(2, len(panels)), -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 4.2 * lines), layout="constrained",
                                 squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.12)
     marked = [relative_panel(axis, results, model, rows)
               for axis, (model, rows) in zip(axes.flat, panels)]
     for axis in axes.flat[len(panels):]:
@@ -117,7 +118,7 @@ def relative_panel(axis, results, model, rows):
         axis.plot([], [], color="gray", linewidth=3, label="the paper's, at its size")
     margin = 0.2 * (max(ends) - min(ends)) + 0.004  # early losses differ by far more than the last
     axis.set(ylim=(min(ends) - margin, max(ends) + margin), xlabel="tokens",
-             ylabel=f"loss minus that of\n{first}",
+             ylabel=f"loss − loss of {first}",
              title=model if len(results["results"]) > 1 else None)
     axis.xaxis.set_major_formatter(count)
     legend(axis, 2)
