@@ -139,7 +139,7 @@ def test_a_request_that_fails_leaves_nothing_but_a_lock(dataset, tmp_path, monke
     def no_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
     for keys, message in ((["--vocab_size=100"], "token ids up to 256"),
-                          (["--n_embd=100000", "--d_ff=100000000"], "out of memory")):
+                          (["--n_embd=1000000", "--d_ff=10000000"], "out of memory")):
         assert message in refused(*start(tmp_path, dataset, *keys))
     with monkeypatch.context() as patch:
         patch.setattr(program, "training_step", no_memory)
