@@ -203,7 +203,7 @@ def file_name(text):
 
 
 OPTIONS = {
-    "scale": ({"default": "cpu"}, "cpu, long, gpu or paper (default: cpu)"),
+    "scale": ({"default": "cpu"}, "cpu, gpu, paper or another of the study (default: cpu)"),
     "jobs": ({"type": int, "default": 1}, "runs at once, shared out over the GPUs (default: 1)"),
     "nproc_per_node": ({"type": int, "default": 0}, "each run under torchrun, so many processes"),
     "rows": ({"type": labels}, "run only these rows, and those they are compared with"),
