@@ -89,7 +89,7 @@ def scaled_linears(c, d, shapes, norm_width=None, absorbed_by=None, tied=False):
             (*shape, d), c.scale_placement if kind in c.placed_maps else placement,
             c.scale_vectors, c.scale_reparam, norm_width, c.norm_eps,
             (absorbed_by or {}).get(name), tied))
-        maps[-1].reads_a_norm = kind in READS_A_NORM
+        maps[-1].starts_small = kind in ("o", "down")
     readers = [m for name, m in zip(shapes, maps) if name not in ("router", "o", "down")]
     if all(m.placement.undoes_factor for m in readers):  # their Norm is left out: see pre_norm
         for m in readers:
@@ -318,7 +318,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
         for _, m in self.scaled_linears():
             if not m.tied:
-                nn.init.normal_(m.weight, std=std if m.reads_a_norm else small)
+                nn.init.normal_(m.weight, std=small if getattr(m, "starts_small", False) else std)
 
     def scaled_linears(self):
         """[(name, ScaledLinear)] of all linear maps."""

@@ -179,18 +179,16 @@ def read_config_file(path):
     finally:
         sys.path.remove(folder)
         parts = [sys.modules.pop(name) for name in set(sys.modules) - imported
-                 if keys_of(sys.modules[name])]  # neighbours of one name may differ
+                 if is_config(sys.modules[name])]  # neighbours of one name may differ
 
     for key, value in names.pop("__annotations__", {}).items():
         if key not in names:  # `n_layer: 12` annotates a name and assigns nothing
             raise ValueError(f"{path}: `{key}: {value}` assigns nothing: write `{key} = {value}`")
-    for part in (*parts, *(value for value in names.values() if keys_of(value))):
-        if not keys_of(part) & names.keys():
+    for part in (*parts, *filter(is_config, names.values())):
+        if not assigned(vars(part)).keys() & names.keys():
             raise ValueError(f"{path}: to import {part.__name__} takes nothing over: write "
                              f"`from {part.__name__} import *`")
-    own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    values = {name: value for name, value in names.items()
-              if name in FIELDS or not (name.startswith("_") or isinstance(value, own))}
+    values = assigned(names)
     if not values:
         raise ValueError(f"{path} assigns no key: a config is a Python file with lines such as "
                          f"n_layer = 12")
@@ -199,10 +197,17 @@ def read_config_file(path):
     return values
 
 
-def keys_of(module):
-    """The keys that a module assigns; none of what is no module. numpy's dtype is no such value."""
-    return isinstance(module, types.ModuleType) and {
-        key for key in FIELDS if isinstance(vars(module).get(key), (bool, int, float, str))}
+def assigned(names):
+    """{name: value} of the names that must be keys in a config."""
+    own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {name: value for name, value in names.items()
+            if name in FIELDS or not (name.startswith("_") or isinstance(value, own))}
+
+
+def is_config(value):
+    """Is it a module that assigns keys and nothing else?"""
+    values = assigned(vars(value)) if isinstance(value, types.ModuleType) else {}
+    return bool(values) and values.keys() <= FIELDS.keys()
 
 
 def describe_keys():
