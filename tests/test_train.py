@@ -309,8 +309,11 @@ def at_step(monkeypatch, step, action):
                         (action() if s == step else None) or original(s, config))
 
 
-def test_a_stopped_run_resumes_bit_for_bit(mixture, dataset, tmp_path, monkeypatch):
-    """Stopped three times, by each signal once. In the end SIGHUP is ignored, as under nohup."""
+def test_a_stopped_run_resumes_bit_for_bit(mixture, dataset, tmp_path, monkeypatch, request):
+    """Stopped three times, by each signal once. In the end SIGHUP is ignored, as under nohup, where
+    this test may itself run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     args = [UNIFIED_CONFIG, *start(tmp_path, dataset, *CONSTANT), "--resume"]  # at first it starts
     for step, number in ((2, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGHUP)):
         handler = signal.getsignal(number)
@@ -320,12 +323,9 @@ def test_a_stopped_run_resumes_bit_for_bit(mixture, dataset, tmp_path, monkeypat
         assert status == EXIT_STOPPED and signal.getsignal(number) == handler
         done = f"stopped by a signal after {step + 1} steps, and saved: continue with --resume"
         assert done in printed and newest_checkpoint(tmp_path)[1]["step"] == step + 1
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, 10, lambda: signal.raise_signal(signal.SIGHUP))
-    try:
-        assert "at step 9" in trained(*args)
-    finally:
-        signal.signal(signal.SIGHUP, handler)
+    assert "at step 9" in trained(*args)
     same_runs(mixture[0], tmp_path)
 
 
