@@ -19,16 +19,13 @@ from model import GPT, GPTConfig
 
 
 def load_model(out_dir):
-    """(model, encoding, step) of the newest whole checkpoint in out_dir, or of a folder that
-    hf.export wrote."""
+    """(model, encoding, step) of the newest whole checkpoint in out_dir."""
     out_dir = os.path.expanduser(out_dir)
-    if os.path.isdir(out_dir) and any(n.endswith(".safetensors") for n in os.listdir(out_dir)):
-        from hf.from_hf import load_exported  # its packages are optional
-        return load_exported(out_dir)
     found = newest_checkpoint(out_dir, sys.stderr)
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {out_dir}: train first (python train.py "
-                                f"configs/quickstart.py), or set --out_dir")
+                                f"configs/quickstart.py), or set --out_dir. transformers samples "
+                                f"from an exported folder: docs/export.md")
     path, state = found
     keys = [f.name for f in dataclasses.fields(GPTConfig)]
     model = GPT(GPTConfig(**{key: state["config"][key] for key in keys}))

@@ -9,11 +9,6 @@ Speed, as ratios from interleaved runs on one machine: the median, and the range
   python -m bench.benchmark cpu --rounds=40 --threads=1,2
       The files that docs/performance.md quotes: a model of 0.92M parameters, compiled and eager,
       for each number of threads (default: 1), in results/ or the folder of --out.
-  python -m bench.benchmark tokenize
-      prepare_data.py, from file to finished shards, against tiktoken's own batch call, and the
-      peak memory of a longer run.
-  python -m bench.benchmark loader
-      Fetching a batch against a training step at the 120m shape.
 """
 import argparse
 import dataclasses
@@ -28,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.data import loader, tokenize
 from bench.plain import NanoGPT, PlainGPT
 from bench.timing import machine, spread, timed, versions
 from lib.config import load_config
@@ -283,24 +277,21 @@ def cpu(keys, names, rounds, threads, folder):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "cpu", "tokenize", "loader"))
+    parser.add_argument("command", choices=("train", "cpu"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--variants", default=",".join(NAMES),
                         help="train and cpu: some of the default's (default: %(default)s)")
     parser.add_argument("--threads", default="1", help="cpu: such as 1,2 (default: 1)")
     parser.add_argument("--out", help="train: a JSON file for every number; cpu: a folder")
-    parser.add_argument("--encoding", default="gpt2",
-                        help="tokenize: bytes or a tiktoken name (default: gpt2)")
-    parser.add_argument("--copies", type=int, default=8,
-                        help="tokenize: the memory run's text, in copies (default: 8)")
     args, rest = parser.parse_known_args(argv)
-    if args.rounds < 1 or args.copies < 1:
-        raise ValueError("--rounds and --copies must be at least 1")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds={args.rounds} must be at least 1")
     if not all(part.isdigit() and int(part) for part in args.threads.split(",")):
         raise ValueError(f"--threads={args.threads} must be numbers of at least 1, such as 1,2")
-    keys_only = all(arg.startswith("--") for arg in rest)
-    if rest and not (args.command == "train" or args.command == "cpu" and keys_only):
-        raise ValueError(f"{args.command} does not know {rest[0]}")
+    if args.command == "cpu":
+        for arg in rest:
+            if not arg.startswith("--"):
+                raise ValueError(f"cpu does not know {arg}: its config is its own")
     return args, rest
 
 
@@ -310,13 +301,9 @@ def main(argv=None):
         names = [name.strip() for name in args.variants.split(",")]
         if args.command == "train":
             train(rest, names, args.rounds, args.out)
-        elif args.command == "cpu":
+        else:
             threads = [int(part) for part in args.threads.split(",")]
             cpu(rest, names, args.rounds, threads, args.out or ROOT / "results")
-        elif args.command == "tokenize":
-            tokenize(args.rounds, args.encoding, args.copies)
-        else:
-            loader(args.rounds)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 

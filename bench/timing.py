@@ -31,11 +31,6 @@ def spread(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def median_and_range(values, form=".2f"):
-    median, least, most = statistics.median(values), min(values), max(values)
-    return f"{median:{form}} ({least:{form}} to {most:{form}}, {len(values)} rounds)"
-
-
 def processor(cpuinfo=Path("/proc/cpuinfo")):
     """The CPU's name and instruction sets; on other systems than Linux what Python knows of it."""
     found = {}

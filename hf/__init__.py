@@ -1,1 +1,1 @@
-"""To and from Hugging Face."""
+"""A trained model for other people's tools: a Hugging Face folder."""

@@ -1,11 +1,7 @@
 """
-A trained model for other people's tools, and a model of theirs to train here.
+A trained model for other people's tools: a run becomes a Hugging Face folder.
 
-  a run -> a Hugging Face folder
-    python -m hf.export out/quickstart --out exported
-
-  a Hugging Face folder -> a run at step 0
-    python -m hf.export --from-hf FOLDER --out out/x configs/unified_120m.py --dataset=data/x
+  python -m hf.export out/quickstart --out exported
 
 Scale vectors that a weight can absorb are folded away. If nothing of ours is left, the folder is a
 stock Llama, Qwen3 or Mixtral. Otherwise it holds our norms.py and model.py beside the weights, for
@@ -14,7 +10,8 @@ trust_remote_code=True. The logits are the same either way.
   stock_architecture   which of the two, and why
   stock_state          our weights by transformers' names
   write_tokenizer      tiktoken's encoding, by transformers' converter
-  export_run           run -> folder; import_run the other way. Each appears whole or not at all
+  same_logits          the check at the end
+  export_run           all of it. The folder appears whole or not at all
 """
 import argparse
 import base64
@@ -30,11 +27,6 @@ from pathlib import Path
 
 import torch
 
-from hf.card import is_known, model_card
-from hf.from_hf import NORMALIZE_QK, need, quiet, read_config, read_model, same_logits, shape_keys
-from lib.checkpoint import save_checkpoint
-from lib.config import check_type, known_key, load_config, parse_value, read_config_file, to_dict
-from lib.data import Dataset, get_encoding
 from norms import PLACEMENTS, fold_scale_vectors, named_scale_vectors
 from sample import load_model, show
 
@@ -47,6 +39,56 @@ AUTO_MAP = {
 }
 # two tokenizers that differ anywhere are likely to differ on this
 PROBE = "def f(x):\n    return x + 1  # The café's 3 naïve tests, №42:\n\n\t'don’t'\r\n"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {title}
+
+A language model trained to study scale vectors (arXiv 2605.26895), after {step:,} steps. It is
+{kind}, because {why}.
+
+- scale vectors: {strategy}
+- data: {dataset}, tokenizer {tokenizer}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("."{trust})
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
+```
+"""
+
+
+# ---- transformers, an optional package -----------------------------------------------------------
+
+def need(*packages):
+    """Import optional packages. Raises ValueError with pip's command if one is missing."""
+    try:
+        modules = [__import__(package) for package in packages]
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: "
+                         f"pip install -r requirements-extra.txt") from None
+    if "transformers" in packages:
+        version = modules[packages.index("transformers")].__version__
+        if int(version.split(".")[0]) < 5:
+            raise ValueError(f"transformers {version} is too old: pip install 'transformers>=5'")
+    return modules[0] if len(modules) == 1 else modules
+
+
+@contextlib.contextmanager
+def quiet(transformers):
+    """transformers' progress bars and warnings, off for a while."""
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar()
 
 
 # ---- a stock class, or our own code --------------------------------------------------------------
@@ -290,23 +332,27 @@ def check_same_tokens(encoding, tokenizer):
     with quiet(need("transformers")):  # PROBE may be longer than the model's context
         theirs = tokenizer.encode(PROBE, add_special_tokens=False)
     if ours != theirs:
-        raise ValueError(f"the tokenizer of the Hugging Face folder gives other ids than "
-                         f"{encoding.name!r}: {theirs[:5]}... where that gives {ours[:5]}...")
+        raise ValueError(f"transformers' conversion of the tokenizer {encoding.name!r} gives other "
+                         f"ids: {theirs[:5]}... where tiktoken gives {ours[:5]}...")
 
 
-def check_dataset_tokenizer(folder, name):
-    """Raise ValueError if the dataset's tokenizer and the folder's, where it has one, differ."""
-    transformers, encoding = need("transformers"), get_encoding(name)
-    tokenizer = None
-    with quiet(transformers), contextlib.suppress(Exception):  # none, or one that needs packages
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer is None or not is_known(encoding):
-        show(f"not checked: whether the dataset's tokenizer, {name!r}, is that of {folder}\n")
-    else:
-        check_same_tokens(encoding, tokenizer)
+# ---- from a run to a folder ----------------------------------------------------------------------
 
+@torch.no_grad()
+def same_logits(ours, theirs):
+    """The largest difference of the two models' logits on random ids. Raises ValueError if it is
+    more than rounding: 1e-5 of the largest logit, and as much again for each layer."""
+    c = ours.config
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(c.vocab_size, (2, min(32, c.block_size)), generator=generator)
+    logits = ours(idx)[0]
+    difference = (logits - theirs(idx).logits).abs().max().item()
+    if not difference <= 1e-5 * (1 + c.n_layer) * max(1.0, logits.abs().max().item()):
+        raise ValueError(f"the two models' logits differ by {difference:.2g}: they are not the "
+                         f"same function. What model.py or norms.py has and hf/export.py does not "
+                         f"know needs a clause in stock_architecture")
+    return difference
 
-# ---- the two directions --------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def new_folder(out):
@@ -316,9 +362,9 @@ def new_folder(out):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} already holds something: choose another, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    folder = out.with_name(f"{out.name}.{os.getpid()}")
+    folder.mkdir()
     try:
-        folder.chmod(0o755)  # mkdtemp gives a folder that only its owner can read
         yield folder
         folder.replace(out)
     except BaseException:
@@ -353,13 +399,13 @@ def export_run(run, out, max_shard_size="5GB"):
         theirs.config.trained = {"tokenizer": encoding.name, "step": step}
         theirs.generation_config = transformers.GenerationConfig(**ids)
 
-        if is_known(encoding):
+        if encoding.eot_token is not None:  # else its text is token ids of an unknown tokenizer
             write_tokenizer(encoding, folder, model.config.block_size)
         with quiet(transformers), inside(folder):
             theirs.save_pretrained(".", max_shard_size=max_shard_size)
         if not name:
             write_code(folder)
-        card = model_card(run, model, keys, step, encoding, name, why)
+        card = model_card(run, keys, model, encoding, step, name, why)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
     own = "our own code beside the weights (load with trust_remote_code=True)"
@@ -376,94 +422,18 @@ def read_keys(path):
     raise ValueError(f"{path} is not a run's configuration: export the run from where it is whole")
 
 
-def import_run(folder, out, argv):
-    """Write a run at step 0 whose model is the one in the Hugging Face folder. Returns the command
-    that continues, and whether the function is equal. Raises ValueError or OSError.
-    argv: `[CONFIG] [--key=value ...]` as train.py takes them, with the strategy, the dataset and
-    the training. The model's shape is the folder's."""
-    need("transformers", "safetensors")
-    given, fixed = given_keys(argv)
-    model, theirs = read_model(folder, strategy_keys(given))
-    c = model.config
-    shape = shape_keys(read_config(folder), c.block_size, c.tie_embeddings, c.qk_norm)
-    for key in shape.keys() & fixed:
-        if given[key] != shape[key]:
-            raise ValueError(f"--{key}={given[key]} is not the checkpoint's, {shape[key]}: "
-                             f"leave it out")
-
-    if changes_function(c, theirs):
-        equal = "not an equal function: DNP normalizes what the checkpoint does not"
-    else:
-        equal = f"an equal function: logits differ by {same_logits(model, theirs):.1g}"
-
-    out = Path(out).expanduser()
-    with new_folder(out) as temporary:
-        values = {**given, **shape, "out_dir": str(out)}
-        write_config(temporary / "start.py", folder, values)
-        config = load_config([str(temporary / "start.py")])
-        dataset = Dataset(config.dataset, c.block_size, c.vocab_size)
-        check_dataset_tokenizer(folder, dataset.tokenizer)
-        write_step_0(temporary, model, config, dataset)
-    return (f"{out}: step 0, {equal}; continue with\n"
-            f"  python train.py {out / 'start.py'} --resume")
-
-
-def given_keys(argv):
-    """({key: value} of a config file and --key=value, the keys of the command line), without those
-    that import_run sets."""
-    files = [a for a in argv if not a.startswith("--")]
-    flags = [a for a in argv if a.startswith("--")]
-    if len(files) > 1:
-        raise ValueError(f"one config file at most, and here are {len(files)}: {' '.join(files)}")
-    values = read_config_file(files[0]) if files else {}
-    fixed = {}
-    for flag in flags:
-        key, given, text = flag[2:].partition("=")
-        known_key(key, "the command line")
-        fixed[key] = parse_value(key, text if given else "True")
-    values = {key: check_type(key, value) for key, value in {**values, **fixed}.items()}
-    for key in ("out_dir", "resume"):
-        values.pop(key, None)
-    return values, set(fixed) & set(values)
-
-
-def strategy_keys(given):
-    """Those keys that decide how a checkpoint is read: where and how γ is written, block_size."""
-    keys = {key: value for key, value in given.items() if key.startswith("scale_")}
-    keys.pop("scale_weight_decay", None)
-    keys.pop("scale_lr", None)
-    if given.get("block_size"):
-        keys["block_size"] = given["block_size"]
-    return keys
-
-
-def changes_function(c, theirs):
-    """True if the placement normalizes the output of a map that the checkpoint does not."""
-    kept = set()
-    if c.scale_placement == "dual_norm" and theirs.config.model_type in NORMALIZE_QK:
-        kept = {"q", "k"}
-    return bool(set(normalized_maps(c)) - kept)
-
-
-def write_config(path, folder, values):
-    lines = [f"# the model of {str(folder)!r}, to be trained on with --resume"]
-    lines += [f"{key} = {value!r}" for key, value in values.items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def write_step_0(folder, model, config, dataset):
-    """config.json, and a checkpoint as train.py writes it before its first step."""
-    keys = to_dict(config)
-    (folder / "config.json").write_text(json.dumps(keys, indent=1), encoding="utf-8")
-    state = {
-        "model": model.state_dict(),
-        "optimizer": {},
-        "config": keys,
-        "tokenizer": dataset.tokenizer,
-        "data": {"sequences": 0, "train_tokens": dataset.train.tokens},
-        "seconds": 0.0,
-    }
-    save_checkpoint(folder, 0, state, 1)
+def model_card(run, keys, model, encoding, step, name, why):
+    """The text of README.md. keys: the run's config.json; name: the stock class, or None."""
+    c, strategy = model.config, "none: normalizations only"
+    if c.scale_vectors:
+        strategy = ", ".join(f"{key}={value}" for key, value in vars(c).items()
+                             if key.startswith("scale_") and key != "scale_vectors")
+        strategy += f", scale_weight_decay={keys.get('scale_weight_decay')}"
+    kind, trust = f"a stock `{name}`", ""
+    if name is None:
+        kind, trust = "of our own code, in this folder", ", trust_remote_code=True"
+    return CARD.format(title=Path(run).resolve().name, step=step, kind=kind, why=why, trust=trust,
+                       strategy=strategy, dataset=keys.get("dataset"), tokenizer=encoding.name)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -472,35 +442,25 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m hf.export", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?",
-                        help="the run folder to export; with --from-hf a config file, if any")
+    parser.add_argument("run", nargs="?", help="the run folder to export")
     parser.add_argument("--out", required=True,
                         help="the folder to write; it must not hold anything yet")
-    parser.add_argument("--from-hf", metavar="FOLDER",
-                        help="read this Hugging Face folder into a run")
     parser.add_argument("--max_shard_size", default="5GB",
                         help="larger weights are cut into several files (default: 5GB)")
-    return parser.parse_known_args(argv)
-
-
-def convert(args, rest):
-    """Do what the command line asks for. Returns the line to print."""
-    if args.from_hf:
-        config = [args.run] if args.run else []
-        return import_run(args.from_hf, args.out, config + rest)
+    args, rest = parser.parse_known_args(argv)
     usage = "python -m hf.export out/run --out exported"
     if rest:
         raise ValueError(f"{rest[0]} is unknown: {usage}")
     if not args.run:
         raise ValueError(f"the run to export is missing: {usage}")
-    return export_run(args.run, args.out, args.max_shard_size)
+    return args
 
 
 def main(argv):
-    args, rest = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written
     try:
-        show(convert(args, rest) + "\n")
+        args = parse(argv)
+        show(export_run(args.run, args.out, args.max_shard_size) + "\n")
     except (ValueError, OSError, RuntimeError) as error:  # the last is torch's
         print(f"error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 1

@@ -104,9 +104,9 @@ def test_interleave():
 
 @pytest.mark.parametrize("argv, message", [
     (["train", CONFIG, "--variants=best"], "--variants names 'best': choose among nanoGPT"),
-    (["train", CONFIG, "--rounds=0"], "--rounds and --copies must be"),
+    (["train", CONFIG, "--rounds=0"], "--rounds=0 must be at least 1"),
     (["cpu", "--threads=1,x"], "--threads=1,x must be numbers"),
-    (["loader", "--n_layer=2"], "loader does not know --n_layer=2")])
+    (["cpu", CONFIG], "quickstart_baseline.py: its config is its own")])
 def test_refusals(argv, message):
     with pytest.raises(SystemExit) as error:
         bench.main(argv)
