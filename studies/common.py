@@ -11,7 +11,8 @@ A study is a plain file of these names:
   yours, rule       studies/track.py: the rows yours is compared with; when it counts as better
   costs             {where: time of a step over the baseline's}, for a compute multiplier net of it
   scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,
-                     "tuning_seeds": how many of the seeds tune (1),
+                     "tuning_seeds": how many of the seeds tune (1), or seeds that only tune,
+                     "tuned": the rows whose rate is tuned, by protocol "both" all,
                      "protocol": "paper" or "both" (see study/plan.py),
                      "rows": {label: keys at this scale only}}}
 A model is {"config": file, "keys": keys, "learning_rates": grid} and, if need be, "rows": the

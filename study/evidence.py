@@ -87,7 +87,7 @@ def best_rate(losses, study, model, row, whole=True):
     """The rate of least mean loss over the tuning seeds; None until every rate has them all. whole:
     every rate of the grid; otherwise every rate that the first row has, as tried so far. If all
     diverged, the smallest rate."""
-    spec, seeds = study.models[model], study.seeds[:study.tuning_seeds]
+    spec, seeds = study.models[model], study.tuning_seeds
 
     def means(label):
         found = {rate: by_seed(losses, model, label, rate, study.has_short_tuning(model))
@@ -113,19 +113,27 @@ def own_rate(losses, model, row, rates):
     return min(found, key=lambda rate: sum(found[rate][s] for s in seeds), default=None)
 
 
+def own_of(losses, study, model, row, rates):
+    """A row's own best rate of (the tuned one, the best on the tuning seeds). Where the tuning
+    seeds do not count, they decide alone."""
+    if rates[1] is None or not all(map(study.counts, study.tuning_seeds)):
+        return rates[1]
+    return own_rate(losses, model, row, dict.fromkeys(rates))
+
+
 def summarize(study, losses):
     """{model: {"tuned_rate", "rows": {row: {"tuned", "own"}}, "comparisons": [...]}}. "tuned": at
     the rate that is best for the first row, the paper's protocol; "own": each row at its own best
     rate (`own_rate`). A comparison has "row", "other", the paper's values and `paired` by both
     protocols."""
     best, out = best_rates(losses, study, whole=False), {}
+    losses = {cell: loss for cell, loss in losses.items() if study.counts(cell.seed)}
     for model in study.models:
         labels = study.rows_of(model)
         tuned = best[model, labels[0]]
         rates = {"tuned": dict.fromkeys(labels, tuned),
-                 "own": {row: best[model, row] and own_rate(
-                     losses, model, row, dict.fromkeys((tuned, best[model, row])))
-                     for row in labels}}
+                 "own": {row: own_of(losses, study, model, row, (tuned, best[model, row]))
+                         for row in labels}}
         found = {(protocol, row): by_seed(losses, model, row, rate)
                  for protocol, of_row in rates.items() for row, rate in of_row.items()}
         rows = {row: {protocol: describe(found[protocol, row], rates[protocol][row])

@@ -66,7 +66,8 @@ class Study:
     seeds: tuple
     models: dict
     comparisons: dict = field(default_factory=dict)
-    tuning_seeds: int = 1
+    tuning_seeds: int | tuple = 1
+    tuned: tuple = ()
     protocol: str = "both"
     panels: list = field(default_factory=list)
     picture: str = "relative loss"
@@ -86,7 +87,9 @@ class Study:
                 "a row sets learning_rate or seed: leave them to the models' grids and 'seeds'")
         require(isinstance(self.seeds, (tuple, list)) and self.seeds and self.models,
                 "'seeds' and 'models' must be one or more")
-        require(self.protocol in ("paper", "both") and self.tuning_seeds in range(1, 1000),
+        if isinstance(self.tuning_seeds, int):
+            self.tuning_seeds = tuple(self.seeds[:self.tuning_seeds])
+        require(self.protocol in ("paper", "both") and self.tuning_seeds,
                 "'protocol' is \"paper\" or \"both\", and 'tuning_seeds' 1 or more")
         paper = [value for values in self.comparisons.values() for value in values.values()]
         require(all(map(is_number, paper)), "comparisons must be "
@@ -95,7 +98,7 @@ class Study:
         self.models = {name: Model(**spec) if isinstance(spec, dict) else spec
                        for name, spec in self.models.items()}
         models = [model.rows for model in self.models.values()]
-        for row in itertools.chain(*self.comparisons, *self.panels, *models):
+        for row in itertools.chain(*self.comparisons, *self.panels, *models, self.tuned):
             require(row in rows, f"a comparison, panel or model names {row!r}, which is no row")
         self.panels = self.panels or [list(rows)]
 
@@ -104,6 +107,18 @@ class Study:
 
     def has_short_tuning(self, model):
         return bool(self.models[model].tuning and not self.steps)
+
+    def counts(self, seed):
+        """Does a seed count in the means? Tuning seeds that are none of `seeds` do not."""
+        return seed in self.seeds or seed not in self.tuning_seeds
+
+    def tuned_rows(self, model):
+        """The rows whose grid of rates is tried: the first, and by protocol "both" every row, or
+        those that `tuned` names."""
+        labels = self.rows_of(model)
+        if self.protocol == "paper":
+            return labels[:1]
+        return [row for row in labels if not self.tuned or row in self.tuned or row == labels[0]]
 
     def keys(self, cell):
         """The keys of a cell on top of its model's config."""
@@ -115,11 +130,10 @@ class Study:
 
     def tuning_cells(self, rows):
         """The grids of the first row and, by protocol "both", of all rows, as far as `rows` go."""
-        tuned, seeds = None if self.protocol == "both" else 1, self.seeds[:self.tuning_seeds]
         return [Cell(name, row, rate, seed, self.has_short_tuning(name))
                 for name, model in self.models.items()
-                for row in self.rows_of(name)[:tuned] if row in rows
-                for rate, seed in itertools.product(model.learning_rates, seeds)]
+                for row in self.tuned_rows(name) if row in rows
+                for rate, seed in itertools.product(model.learning_rates, self.tuning_seeds)]
 
     def seed_cells(self, rows, seeds, best):
         """Every row at the first row's best rate, and at its own. best {(model, row): rate}"""
@@ -186,7 +200,7 @@ def load_study(path, scale, idea=None, steps=0, name=""):
     to so many, and no rule judges them. Raises ValueError if something in the file is not as
     studies/common.py says."""
     values, stem = read_study(path), Path(path).stem
-    of_scale = {"seeds", "models", "tuning_seeds", "protocol"}
+    of_scale = {"seeds", "models", "tuning_seeds", "tuned", "protocol"}
     known = {f.name for f in fields(Study)} - {"name", "steps", *of_scale}
     try:
         if scale not in values["scales"]:

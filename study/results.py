@@ -117,7 +117,8 @@ def collect(study, scale, runs, planned, command, before):
     return {"study": study.name, "title": study.title, "question": study.question, "scale": scale,
             "command": command, **sets, "code": sorted({r["code"] for r in records} - {""}),
             "picture": study.picture, "panels": study.panels,
-            "rows": study.rows, "seeds": list(study.seeds), "tuning_seeds": study.tuning_seeds,
+            "rows": study.rows, "seeds": list(study.seeds),
+            "tuning_seeds": list(study.tuning_seeds),
             "steps": study.steps, "models": models, "rule": study.rule, "costs": study.costs,
             "missing": len(set(planned) - losses.keys()), "results": summarize(study, losses),
             "fits": fit_scaling(study, losses, flops), "runs": records}

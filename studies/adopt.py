@@ -1,0 +1,77 @@
+"""Ours: should a model that has Q/K-norm and does not decay γ take up the unified strategy, which
+part of it, and at what budget?
+
+The protocol, written before the first run:
+
+Seeds 11 to 20 count, and nobody had looked at them. Seeds 1 and 2 only choose learning rates, over
+(2e-3, 4e-3, 8e-3) at the scale `cpu`, for the four rows that decide. A row's own rate is the one of
+least mean loss on these two. Every other row runs at the rate of the first row. The scale `long`
+takes over the rates that were chosen at `cpu`.
+
+Four comparisons are primary, each at the rows' own rates: unified, and unified but the head, each
+against Q/K-norm without decay on γ, at 5.6 tokens a parameter (`cpu`) and at 20 (`long`). What
+counts is the loss of the last checkpoint on every window of the validation split. The test is the
+paired t-test over the ten seeds; Holm's procedure holds the error of the four together at 5%.
+Beside it stands an interval from a bootstrap over seeds and validation files. All else is
+exploratory. A comparison that has fewer than ten seeds by the time it is told is told with the
+seeds it has, and is not called primary until it has all of them."""
+from studies.common import (
+    CPU_MODEL,
+    CPU_RATES,
+    DNP,
+    DP,
+    HG,
+    IWD,
+    LONG,
+    NO_DECAY,
+    OR,
+    UNIFIED,
+)
+
+QK_NORM = {**NO_DECAY, "qk_norm": True}
+BASELINE, MODERN = "baseline without decay on γ", "Q/K-norm without decay on γ"
+BUT_THE_HEAD = "unified but the head"
+DECIDING = (BASELINE, MODERN, "unified", BUT_THE_HEAD)
+# the time of a step of unified over the baseline's, at 0.12B and at 1B on an H200: 16% and 1.7%
+# more steps of 2,500
+LONGER = {"for 16% more steps": {"max_iters": 2900}, "for 1.7% more steps": {"max_iters": 2543},
+          "with as many parameters as unified": {"d_ff": 174}}
+
+title = "Should I use it?"
+question = "what does unified, or a part of it, add to the norms that people use?"
+rows = {
+    BASELINE: NO_DECAY,
+    MODERN: QK_NORM,
+    "unified": UNIFIED,
+    BUT_THE_HEAD: {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
+    **{f"baseline without decay {words}": {**NO_DECAY, **keys} for words, keys in LONGER.items()},
+    **{f"Q/K-norm without decay {words}": {**QK_NORM, **keys} for words, keys in LONGER.items()},
+    "HG + OR + IWD": {**HG, **OR, **IWD},
+    "DNP + OR + IWD": {**DNP, **OR, **IWD},
+    "HG + DNP + IWD": {**HG, **DNP, **IWD},
+    "HG + DP + OR + IWD": {**HG, **DP, **OR, **IWD},
+    "Q/K-norm and norms on outputs without decay on γ": {**QK_NORM, "post_norm": True},
+    "unified on the head only": {**UNIFIED, "scale_placement_on": "head"},
+    "Q/K-norm and unified on v and gate and up": {
+        **UNIFIED, "qk_norm": True, "scale_placement_on": "v,gate,up"},
+    "baseline": {},
+}
+comparisons = {
+    ("unified", MODERN): {}, (BUT_THE_HEAD, MODERN): {},  # the primary ones
+    (BUT_THE_HEAD, "unified"): {},
+    **{(row, BASELINE): {} for row in list(rows)[1:]},
+    **{("unified", row): {} for row in rows if " more steps" in row or " parameters" in row},
+    **{(BUT_THE_HEAD, row): {} for row in rows if " more steps" in row or " parameters" in row},
+    ("Q/K-norm and unified on v and gate and up", MODERN): {},
+}
+panels = [list(DECIDING)]
+SEEDS = tuple(range(11, 21))
+SCALE = {"seeds": SEEDS, "tuning_seeds": (1, 2), "tuned": DECIDING}
+# tuned where `cpu` is: the keys of configs/study_cpu.py
+AS_CPU = {"batch_size": 4, "max_iters": 2500, "eval_interval": 250, "eval_windows": 320,
+          "compile": "auto"}
+scales = {
+    "cpu": {**SCALE, "models": {"0.23M": {**CPU_MODEL, "learning_rates": CPU_RATES}}},
+    "long": {**SCALE, "models": {"0.23M": {**LONG["0.23M"], "tuning": AS_CPU,
+                                           "rows": DECIDING}}},
+}
