@@ -319,7 +319,9 @@ def write_tokenizer(encoding, folder, max_length):
     end = encoding.decode([encoding.eot_token])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end,
-        model_max_length=max_length, clean_up_tokenization_spaces=False)
+        padding_side="left",  # a generated text continues a row at its right end
+        model_input_names=["input_ids", "attention_mask"], model_max_length=max_length,
+        clean_up_tokenization_spaces=False)
     check_same_tokens(encoding, fast)
     with inside(folder):
         fast.save_pretrained(".")
@@ -407,6 +409,8 @@ def export_run(run, out, max_shard_size="5GB"):
             write_code(folder)
         card = model_card(run, keys, model, encoding, step, name, why)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+        for path in folder.iterdir():  # safetensors makes files that only their owner can read
+            shutil.copymode(folder / "README.md", path)
 
     own = "our own code beside the weights (load with trust_remote_code=True)"
     kind = f"a stock {name}" if name else own
