@@ -7,6 +7,7 @@ What a run leaves in out_dir beside its checkpoints, and what it prints.
   lock           held while a process trains here
 """
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -40,6 +41,7 @@ class RunLog:
         self.path, self.unwritten = self.out / "log.jsonl", b""
         self.first_step = 0  # the step of the checkpoint that is resumed
         self.bad_steps = 0  # in a row
+        self.unshown = []  # (loss, gradient norm) of the steps since the last line
         self.began = None  # the number of the second step and its time: the first one may compile
 
     def lock_and_check(self, dataset):
@@ -128,7 +130,12 @@ class RunLog:
         if not finite:
             self.say(f"step {step:>6}  loss {loss}, gradient norm {grad_norm}: no update made")
             self.check_bad_steps(step, self.config.max_bad_steps)
-        elif shows:
+        else:
+            self.unshown.append((loss, grad_norm))
+        if finite and shows:
+            # one small batch tells little: the means of all steps since the last line do
+            loss, grad_norm = (sum(values) / len(values) for values in zip(*self.unshown))
+            self.unshown = []
             self.say(f"step {step:>6}/{steps}  loss {loss:.4f}  lr {lr:.2e}  "
                      f"grad_norm {grad_norm:.2f}{self.speed(run.step, rate, mfu)}")
         self.began = self.began or (run.step, time.monotonic())
@@ -159,8 +166,13 @@ class RunLog:
         tokens = run.sequences * self.config.model.block_size
         per_byte = run.dataset.val_bytes_per_token
         val_bpb = val_loss / math.log(2) / per_byte if per_byte else None
-        self.say(f"step {run.step:>6}  val_loss {val_loss:.4f} nats/token"
-                 + (f", {val_bpb:.4f} bits/byte" if val_bpb else ""))
+        text = f"step {run.step:>6}  val_loss {val_loss:.4f} nats/token"
+        if val_bpb:
+            text += f", {val_bpb:.4f} bits/byte"
+        if run.step == 0:
+            size = self.config.model.vocab_size
+            text += f"; uniform over {size} tokens is {math.log(size):.4f}"
+        self.say(text)
         if self.process.is_main:
             self.write("eval", step=run.step, tokens=tokens, val_loss=val_loss, val_bpb=val_bpb,
                        logit_scale=logit_scale(run))
@@ -227,6 +239,11 @@ def describe(run):
         f"{config.model.block_size} in each process")
     if process.device.type == "cuda":
         say(f"attention: {attention_backend(config.model, process.device, process.dtype)}")
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    load = os.getloadavg()[0]
+    if process.device.type == "cpu" and threads > 1 and load + threads > cores + 0.5:
+        say(f"this machine is busy (load {load:.1f}, {cores} cores), and {threads} threads would "
+            f"wait for each other: set OMP_NUM_THREADS=1")
     for name in run.idle:
         say(f"{name} gets no gradient: the loss does not depend on it, so only decay can move it")
 
@@ -241,8 +258,11 @@ def summarize(run, val_loss, val_bpb):
                "scale_params": run.model.num_params("scale_vectors"),
                "tokens_per_s": tokens / max(seconds, 1e-9)}
     write_whole(out / "summary.json", to_json(summary, indent=1), AGAIN)
+    draw = f"python -m study.report {out}"
+    if importlib.util.find_spec("matplotlib") is None:
+        draw = f"pip install matplotlib && {draw}"
     say(f"done in {duration(seconds)}: {out}/ holds the last checkpoint, log.jsonl, config.json "
-        f"and summary.json; draw it with `python -m study.report {out}`")
+        f"and summary.json; draw it with `{draw}`")
 
 
 def without_gradient(model):

@@ -3,7 +3,11 @@ Proves the training program by running it: the log holds what the formulas give,
 two however the batch is cut, and a stopped run equals an undisturbed one bit for bit.
 """
 import json
+import math
+import os
+import re
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,12 +128,25 @@ def test_the_first_step_is_the_models(mixture, dataset):
     assert val_loss == pytest.approx(model.eval()(x, y)[1].item(), abs=1e-5)
 
 
-def test_builtin_dataset_is_made_when_missing(tmp_path, monkeypatch):
-    """And the largest seed trains."""
+def test_a_first_run(tmp_path, monkeypatch):
+    """It makes the built-in data, and trains with the largest seed. A line shows the mean of the
+    steps since the last one, the first validation loss stands beside that of a uniform guess, a
+    busy machine gets its line, and the hint at the end names the package that is missing."""
     monkeypatch.chdir(tmp_path)
-    printed = trained(*SMALL, "--max_iters=3", "--out_dir=out", f"--seed={2 ** 63 - 1}")
+    monkeypatch.setattr(os, "getloadavg", lambda: (float(os.cpu_count()), 0.0, 0.0))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    torch.set_num_threads(2)
+    printed = trained(*SMALL, "--max_iters=4", "--log_interval=3", "--out_dir=out",
+                      f"--seed={2 ** 63 - 1}")
+    torch.set_num_threads(1)
     assert "preparing data/stdlib" in printed
     Dataset(tmp_path / "data" / "stdlib", 32, verify=True)
+    shown = [float(loss) for loss in re.findall(r"^step +\d/4  loss ([\d.]+)", printed, re.M)]
+    first, *middle = losses("out")
+    assert shown == pytest.approx([first, sum(middle) / 3], abs=1e-4)
+    assert f"uniform over 257 tokens is {math.log(257):.4f}\n" in printed
+    assert "2 threads would wait for each other: set OMP_NUM_THREADS=1" in printed
+    assert "`pip install matplotlib && python -m study.report out`" in printed
 
 
 # ---- the step and the validation loss ------------------------------------------------------------
