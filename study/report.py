@@ -1,16 +1,16 @@
 """
-Draw runs: losses over steps and over time, and how each scale vector and matrix moved.
+Draw runs: losses over steps, how runs differ, and how each scale vector and matrix moved.
 
-  python -m study.report out/quickstart                           writes out/quickstart/report.png
-  python -m study.report out/baseline out/unified --out=both.png  compares runs
+  python -m study.report out/quickstart                            writes out/quickstart/report.png
+  python -m study.report out/quickstart_baseline out/quickstart    compares: writes out/report.png
 
-Reads log.jsonl and summary.json of each run folder. Where the log has them, it draws "alpha",
-the size of α, and "beta" of `scale` events; "update", the size of a step over the matrix's, of
-`matrix` events; "logit_scale" of `eval` events. Runs whose folders have one name are told apart by
-the folders above them.
+Reads log.jsonl and summary.json of each run folder. A map that several runs have is one panel: a
+run is a colour, a layer a shade of it. What the log has not, or what would repeat another panel, is
+not drawn. Runs whose folders have one name are told apart by the folders above them.
 """
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -19,13 +19,29 @@ from lib.disk import write_whole
 
 COLUMNS, PIXELS, DPI = 4, 1000, 100
 WINDOW = 50  # steps of the running mean of training losses, the same for all runs
+COLORS = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")  # of a run: maps of shades
 # what is read of each event
 LOGGED = {"train": ("step", "loss"), "eval": ("step", "tokens", "val_loss"),
           "scale": ("step", "name", "mean", "std"), "matrix": ("step", "name", "norm")}
-# event, key, what the axis says
-SECTIONS = (("scale", "mean", "γ: mean ± std"), ("scale", "beta", "β"), ("scale", "alpha", "α"),
-            ("matrix", "norm", "norm / its start"), ("matrix", "update", "update / norm"))
+# event, key, what the axis says, what the panels show and what to look for
+SECTIONS = (
+    ("scale", "mean", "γ",
+     "Each scale vector: the mean of its entries, and a band of one standard deviation. Look for"
+     " vectors that decay pulls to 0, and for bands that widen: entries that go their own ways."),
+    ("scale", "beta", "β", "The length of γ as ER writes it, e^β: 0 is the start."),
+    ("scale", "alpha", "size of α",
+     "The root mean square of α, where γ is written with one. Under OR it has no effect on γ, but a"
+     " short α turns faster: look for those that decay has shortened."),
+    ("matrix", "norm", "norm / its start",
+     "Each matrix's length, relative to its start. Look for maps of one layer that part: they have"
+     " no use for one shared γ (HG)."),
+    ("matrix", "update", "update / norm",
+     "The length of the last step over the matrix's: its relative learning rate. Look for maps that"
+     " stand still while others move."),
+)
 
+
+# ---- what the folders hold -----------------------------------------------------------------------
 
 def read_log(path):
     """{event: [record, ...]} of a log.jsonl. A line that is no record, such as a last one that a
@@ -75,22 +91,42 @@ def smooth(values):
     return out
 
 
-def split_name(name):
-    """("attn.q.weight", 3) of layers.3.attn.q.weight; what is in no layer counts as layer 0."""
+def label_of(name):
+    """("γ_b of attn.q", 3) of layers.3.attn.q.scale_in, ("attn.q", 3) of its weight; what is in no
+    layer counts as layer 0."""
     layer = re.match(r"layers\.(\d+)\.", name)
-    return name[layer.end() if layer else 0:], int(layer[1]) if layer else 0
+    name = name[layer.end():] if layer else name
+    for end, words in ((".scale_in", "γ_b of "), (".scale_out", "γ_a of "), (".scale", "γ of "),
+                       (".weight", "")):
+        if name.endswith(end):
+            name = words + name.removesuffix(end)
+            break
+    return name, int(layer[1]) if layer else 0
+
+
+def repeats(record, key):
+    """Whether the mean ± deviation of γ tells it already: α of a plain γ, which is γ, and OR's β,
+    which is its length."""
+    if key not in ("alpha", "beta"):
+        return False
+    square = record["mean"] ** 2 + record["std"] ** 2
+    return math.isclose(record[key] ** 2, square, rel_tol=0.01)
 
 
 def curves(records, key):
-    """{name within a layer: {layer: [(step, value, half a band), ...]}} of the records in which the
-    key is a number. The band is one standard deviation of γ; a norm is divided by its first."""
-    out = {}
+    """{label: {layer: [(step, value, half a band), ...]}} of the records in which the key is a
+    number. The band is one standard deviation of γ; a norm is divided by its first. A vector whose
+    numbers repeat γ's at every step is left out."""
+    out, new = {}, set()
     for record in records:
-        if record.get(key) is not None and record.get("std", 0) is not None:
-            label, layer = split_name(record["name"])
-            band = record["std"] if key == "mean" else 0.0
-            points = out.setdefault(label, {}).setdefault(layer, [])
-            points.append((record["step"], record[key], band))
+        if record.get(key) is None or record.get("std", 0) is None:
+            continue
+        label, layer = label_of(record["name"])
+        band = record["std"] if key == "mean" else 0.0
+        out.setdefault(label, {}).setdefault(layer, []).append((record["step"], record[key], band))
+        if not repeats(record, key):
+            new.add(label)
+    out = {label: layers for label, layers in out.items() if label in new}
     for layers in out.values() if key == "norm" else ():
         for layer, points in layers.items():
             start = points[0][1]  # a matrix that starts at 0 has no relative norm
@@ -107,71 +143,101 @@ def seconds_at(run, log, steps):
     return [tokens[step] / speed for step in steps]
 
 
-def draw_losses(axes, logs, runs):
-    """Losses over steps; validation losses over time; the logits' scale, if the log has it."""
-    for color, (name, log) in enumerate(logs.items()):
-        steps, losses = zip(*((r["step"], r["loss"]) for r in log["train"]))
-        axes[0].plot(steps, smooth(losses), color=f"C{color}", alpha=0.5, linewidth=1)
-        evals = [r for r in log.get("eval", []) if r["val_loss"] is not None]
-        final = f", {evals[-1]['val_loss']:.4f} at the end" if evals else ""
-        steps, losses = [r["step"] for r in evals], [r["val_loss"] for r in evals]
-        style = {"color": f"C{color}", "markersize": 3, "label": f"{name}{final}"}
-        axes[0].plot(steps, losses, "o-", **style)
-        if seconds := seconds_at(runs[name], log, steps):
-            axes[1].plot(seconds, losses, "o-", **style)
-        if len(axes) > 2:
-            scales = [(r["step"], r["logit_scale"]) for r in evals if r.get("logit_scale")]
-            axes[2].plot(*(zip(*scales) if scales else ([], [])), "o-", **style)
-    tail = [r["loss"] for log in logs.values() for r in log["train"][len(log["train"]) // 10:]
-            if r["loss"] is not None]
-    for axis, words in zip(axes, ("step", "seconds of training, at the mean speed", "step")):
-        axis.set_xlabel(words, fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    for axis in axes[:2] if tail else ():
-        axis.set_ylim(min(tail) - 0.05, max(tail) + 0.05)
-    axes[0].set_ylabel("loss (nats per token)", fontsize=8)
-    axes[0].set_title(f"validation (dots), training (mean of {WINDOW} steps)", fontsize=8)
-    axes[1].set_title("validation over time", fontsize=8)
-    if len(axes) > 2:
-        axes[2].set_title("scale of the logits", fontsize=8)
+def evaluations(log, key="val_loss"):
+    """{step: value} of the evaluations whose value is a number."""
+    return {r["step"]: r[key] for r in log.get("eval", []) if r.get(key) is not None}
 
 
-def draw_section(figure, heading, words, panels, limits):
-    """A run's panels of one kind, at most COLUMNS a row, all with the same axes; a line a layer."""
+# ---- the picture ---------------------------------------------------------------------------------
+
+def shade(run, layer=1, layers=1):
+    """The colour of a layer of the run with this number: the first is pale, the last is dark."""
     from matplotlib import pyplot as plt
-    figure.suptitle(heading, fontsize=9, weight="bold", x=0.01, horizontalalignment="left")
-    rows = -(-len(panels) // COLUMNS)
-    axes = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
-    for axis, (label, layers) in zip(axes.flat, panels.items()):
-        for layer, points in sorted(layers.items()):
-            color = plt.cm.viridis(layer / max(1, *layers))
-            steps, values, bands = zip(*points) if points else ([], [], [])
-            axis.plot(steps, values, color=color, linewidth=1)
-            axis.fill_between(steps, [v - b for v, b in zip(values, bands)],
-                              [v + b for v, b in zip(values, bands)], color=color, alpha=0.12)
+    return plt.get_cmap(COLORS[run % len(COLORS)])(0.4 + 0.5 * layer / max(1, layers))
+
+
+def loss_panels(logs, runs, seconds):
+    """[(draw(axis), title and what to look for, x axis)] of the panels at the top."""
+    def losses(axis):
+        shown = []
+        for number, (name, log) in enumerate(logs.items()):
+            steps, values = zip(*((r["step"], r["loss"]) for r in log["train"]))
+            axis.plot(steps, smooth(values), color=shade(number), alpha=0.5, linewidth=1)
+            points = evaluations(log)
+            final = f", {list(points.values())[-1]:.4f} at the end" if points else ""
+            axis.plot(*zip(*points.items()) if points else ((), ()), "o-", color=shade(number),
+                      markersize=3, label=name + final)
+            shown.extend(smooth(values)[len(values) // 10:])
+        # the first tenth falls so far that the rest would look flat
+        if all(map(math.isfinite, shown)):
+            axis.set_ylim(min(shown) - 0.05, max(shown) + 0.05)
+
+    def differences(axis):
+        first = evaluations(next(iter(logs.values())))
+        axis.axhline(0, color=shade(0), linewidth=1)
+        for number, log in enumerate(logs.values()):
+            points = {s: v - first[s] for s, v in evaluations(log).items() if s in first}
+            if number and points:
+                axis.plot(*zip(*points.items()), "o-", color=shade(number), markersize=3)
+
+    def over_time(axis):
+        for number, (name, log) in enumerate(logs.items()):
+            points = evaluations(log)
+            if times := seconds_at(runs[name], log, points):
+                axis.plot(times, points.values(), "o-", color=shade(number), markersize=3)
+
+    def logits(axis):
+        for number, log in enumerate(logs.values()):
+            points = evaluations(log, "logit_scale")
+            axis.plot(*zip(*points.items()) if points else ((), ()), "o-", color=shade(number),
+                      markersize=3)
+
+    panels = [(losses, "loss, nats a token: validation (dots),\n"
+                       f"training (mean of {WINDOW} steps)", "step")]
+    if len(logs) > 1:
+        panels.append((differences, f"validation loss less that of {next(iter(logs))}:\n"
+                                    "below 0 is better; one seed proves little", "step"))
+    if seconds:
+        panels.append((over_time, "validation loss over time:\nlook here before you pay for it",
+                       "seconds of training, at the mean speed"))
+    if any(evaluations(log, "logit_scale") for log in logs.values()):
+        panels.append((logits, "deviation of the logits: how sure\nthe model is of the next token",
+                       "step"))
+    return panels
+
+
+def draw_section(figure, words, caption, groups):
+    """The panels of one kind, at most COLUMNS a row, all with the same axes. groups: the curves of
+    each run, {label: {layer: points}}."""
+    figure.suptitle(caption, fontsize=8, x=0.01, horizontalalignment="left", wrap=True)
+    labels = sorted({label: None for panels in groups for label in panels}, key=order)
+    axes = figure.subplots(-(-len(labels) // COLUMNS), COLUMNS, sharex=True, sharey=True,
+                           squeeze=False)
+    for axis, label in zip(axes.flat, labels):
+        for number, panels in enumerate(groups):
+            layers = panels.get(label, {})
+            for layer, points in sorted(layers.items()):
+                steps, values, bands = zip(*points) if points else ((), (), ())
+                color = shade(number, layer, max(layers))
+                axis.plot(steps, values, color=color, linewidth=1)
+                axis.fill_between(steps, [v - b for v, b in zip(values, bands)],
+                                  [v + b for v, b in zip(values, bands)], color=color, alpha=0.1)
         axis.set_title(label, fontsize=7, pad=2)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    axes[0, 0].set(xlim=limits[0], ylim=limits[1])
     for row in axes:
         row[0].set_ylabel(words, fontsize=7)
-    for axis in axes.flat[len(panels):]:
+    for axis in axes.flat[len(labels):]:
         axis.remove()
 
 
-def limits_of(groups):
-    """((first step, last), (lowest value, highest)) over the panels of all runs."""
-    points = [p for panels in groups for layers in panels.values()
-              for of_layer in layers.values() for p in of_layer] or [(0, 1.0, 0.0)]
-    steps = [step for step, _, _ in points]
-    low, high = min(v - b for _, v, b in points), max(v + b for _, v, b in points)
-    margin = 0.05 * (high - low) + 0.01
-    return (min(steps), max(*steps, min(steps) + 1)), (low - margin, high + margin)
+def order(label):
+    """Maps of one name side by side: γ_b of attn.q, then γ_a of attn.q."""
+    return label.split(" of ")[-1], label[:3] == "γ_a"
 
 
-def report(runs, path):
-    """Write the picture of the runs: losses on top, then a block for each run and kind."""
+def report(runs, path, seconds=False):
+    """Write the picture of the runs: losses on top, then a block for each kind of number."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -179,26 +245,34 @@ def report(runs, path):
     folders = names_of(runs)
     logs = {name: log_of(run) for name, run in folders.items()}
     blocks = []
-    for event, key, words in SECTIONS:
-        groups = {name: curves(log.get(event, []), key) for name, log in logs.items()}
-        limits = limits_of(groups.values())
-        blocks += [(f"{name}: {words}", words, panels, limits)
-                   for name, panels in groups.items() if panels]
-    heights = [3.6, *(0.5 + 1.35 * -(-len(panels) // COLUMNS) for _, _, panels, _ in blocks)]
+    for event, key, words, caption in SECTIONS:
+        groups = [curves(log.get(event, []), key) for log in logs.values()]
+        labels = {label for panels in groups for label in panels}
+        if labels:
+            blocks.append((0.6 + 1.35 * -(-len(labels) // COLUMNS), words, caption, groups))
+    heights = [3.6, *(block[0] for block in blocks)]
     figure = plt.figure(figsize=(PIXELS / DPI, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    has_scale = any("logit_scale" in r for log in logs.values() for r in log.get("eval", []))
-    axes = parts[0].subplots(1, 3 if has_scale else 2)
-    draw_losses(axes, logs, folders)
+
+    panels = loss_panels(logs, folders, seconds)
+    axes = parts[0].subplots(1, len(panels), squeeze=False)[0]
+    for axis, (draw, title, words) in zip(axes, panels):
+        draw(axis)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel(words, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
     handles = axes[0].get_legend_handles_labels()
     parts[0].legend(*handles, loc="outside lower center", ncol=2, fontsize=8, frameon=False)
-    for part, block in zip(parts[1:], blocks):
+    for part, (_, *block) in zip(parts[1:], blocks):
         draw_section(part, *block)
     if blocks:
-        figure.supxlabel("step; a line is a layer, dark the first, bright the last", fontsize=8)
+        figure.supxlabel("step; a line is a layer, pale the first, dark the last", fontsize=8)
     write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format=Path(path).suffix[1:] or "png"))
     plt.close(figure)
 
+
+# ---- the table -----------------------------------------------------------------------------------
 
 def read_summary(run):
     """A run's summary.json; None if the run has not finished."""
@@ -237,14 +311,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m study.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--out", help="the picture to write (of one run: its report.png)")
+    parser.add_argument("--out", help="the picture to write; otherwise report.png in the run's "
+                                      "folder, or of several runs in the one above the first")
+    parser.add_argument("--seconds", action="store_true", help="a panel over time, too")
     args = parser.parse_args(argv)
-    if len(args.runs) > 1 and not args.out:
-        parser.error("a picture of several runs needs a place: --out=PICTURE.png")
     try:
         print(table(args.runs))
-        out = args.out or Path(args.runs[0]) / "report.png"
-        report(args.runs, out)
+        folder = Path(args.runs[0])
+        if len(names_of(args.runs)) > 1:
+            folder = folder.parent
+        out = args.out or folder / "report.png"
+        report(args.runs, out, args.seconds)
         print(f"wrote {out}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

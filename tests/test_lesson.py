@@ -51,8 +51,8 @@ def test_its_commands(dataset, tmp_path):
                     f"--dataset={dataset}", f"--out_dir={tmp_path / str(number)}")
         else:
             assert args[:2] == ["-m", "study.report"]
-            main([str(tmp_path / "0"), str(tmp_path / "1"), f"--out={tmp_path}/both.png"])
-            assert (tmp_path / "both.png").stat().st_size > 10_000
+            main([str(tmp_path / "0"), str(tmp_path / "1")])
+            assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 def test_its_numbers_stand_in_the_studies():

@@ -8,7 +8,8 @@ import pytest
 from study.report import curves, log_of, main, names_of, report, seconds_at, smooth, table
 
 image = pytest.importorskip("matplotlib.image", reason="needs the optional package matplotlib")
-SCALES = ("layers.0.attn.q.scale_in", "layers.1.attn.q.scale_in", "head.scale_in")
+SCALES = ("layers.0.attn.q.scale_out", "layers.0.attn.q.scale_in", "layers.1.attn.q.scale_in",
+          "layers.0.attn.norm.scale", "head.scale_in")
 
 
 def write_run(folder, loss=1.5, names=SCALES, **more):
@@ -45,31 +46,33 @@ def test_two_runs_are_written_and_told_apart(tmp_path, capsys):
     height, width, _ = image.imread(tmp_path / "r.png").shape
     assert width <= 1000 and height > 300
 
-    with pytest.raises(SystemExit):  # several runs need a place
-        main(runs)
-    assert "--out=PICTURE.png" in capsys.readouterr().err and not list(tmp_path.rglob("report.png"))
+    main([*runs, "--seconds"])
+    assert [p.parent for p in tmp_path.rglob("report.png")] == [tmp_path / "a"]  # above the first
     a, b, c = (tmp_path / p for p in ("x/s1/run", "y/s1/run", "y/other"))
     assert list(names_of([a, b, c, a])) == ["x/s1/run", "y/s1/run", "other"]
 
 
 def test_the_picture_is_of_the_logs_numbers(tmp_path, monkeypatch):
-    """Also of those that only some logs hold, here of one of two runs: the logits' scale."""
+    """Also of those that only some logs hold, here of one of two runs: the logits' scale. A map
+    that both have is one panel; time is drawn on request."""
     runs = [write_run(tmp_path / "a", logit_scale=5.0),
-            write_run(tmp_path / "b", 2.0, names=SCALES[2:])]
+            write_run(tmp_path / "b", 2.0, names=SCALES[4:])]
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda f, *a, **k: figures.append(f))
-    report(runs, tmp_path / "r.png")
-    steps, seconds, logits, *panels = figures[0].axes
+    report(runs, tmp_path / "r.png", seconds=True)
+    steps, difference, seconds, logits, *panels = figures[0].axes
     losses = [[1.5, 1.6, 1.7], [2.0, 2.1, 2.2]]
     assert [list(line.get_ydata()) for line in steps.lines[1::2]] == losses
     assert [list(line.get_ydata()) for line in seconds.lines] == losses
     assert list(seconds.lines[0].get_xdata()) == [0, 8, 16]  # 80 tokens at 10 tokens/s
+    assert list(difference.lines[1].get_ydata()) == pytest.approx([0.5] * 3)
     assert [list(line.get_ydata()) for line in logits.lines] == [[5.0] * 3, []]
-    titles = ["attn.q.scale_in", "head.scale_in", "head.scale_in", *["attn.q.weight"] * 2]
+    titles = ["γ of attn.norm", "γ_b of attn.q", "γ_a of attn.q", "γ_b of head", "attn.q"]
     assert [panel.get_title() for panel in panels] == titles
-    assert all(list(p.lines[0].get_ydata()) == [1.0, 1.2, 1.4] for p in panels[:3])
-    assert len(panels[0].lines) == 2 and len({p.get_ylim() for p in panels[:3]}) == 1  # two layers
-    assert list(panels[3].lines[0].get_ydata()) == [1.0, 13 / 3, 23 / 3]
+    assert all(list(line.get_ydata()) == [1.0, 1.2, 1.4] for p in panels[:4] for line in p.lines)
+    assert [len(p.lines) for p in panels] == [1, 2, 1, 2, 2]  # a line for each layer and run
+    assert len({p.get_ylim() for p in panels[:4]}) == 1
+    assert list(panels[4].lines[0].get_ydata()) == [1.0, 13 / 3, 23 / 3]
 
 
 def test_what_is_not_finite_is_left_out_and_reported(tmp_path, capsys):
@@ -77,16 +80,18 @@ def test_what_is_not_finite_is_left_out_and_reported(tmp_path, capsys):
     folder = write_run(tmp_path / "a", beta=2.0)
     write_log(folder, [
         {"event": "eval", "step": 30, "tokens": 240, "val_loss": None},
-        {"event": "scale", "step": 30, "name": SCALES[2], "mean": None, "std": None},
+        {"event": "scale", "step": 30, "name": SCALES[1], "mean": None, "std": None},
         {"event": "matrix", "step": 30, "name": "layers.0.attn.q.weight", "norm": None}])
     write_summary(folder, val_loss=None)
     main([str(folder)])
     assert (folder / "report.png").is_file() and "not finite" in capsys.readouterr().out
     log = log_of(folder)
     betas, norms = curves(log["scale"], "beta"), curves(log["matrix"], "norm")
-    assert betas["attn.q.scale_in"][0] == [(0, 2.0, 0.0), (10, 2.0, 0.0), (20, 2.0, 0.0)]
-    assert [step for step, *_ in norms["attn.q.weight"][0]] == [0, 10, 20]
+    assert betas["γ_b of attn.q"][0] == [(0, 2.0, 0.0), (10, 2.0, 0.0), (20, 2.0, 0.0)]
+    assert [step for step, *_ in norms["attn.q"][0]] == [0, 10, 20]
     assert curves(log["scale"], "alpha") == {}
+    length = {"step": 0, "name": SCALES[0], "mean": 3.0, "std": 4.0, "beta": 5.0}
+    assert curves([length], "beta") == {}  # OR's β is γ's length, which mean and deviation tell
     assert smooth([1.0, None, 3.0]) == [1.0, 1.0, 2.0]
     assert smooth([*range(200)])[-1] == sum(range(150, 200)) / 50
 
