@@ -171,7 +171,7 @@ class Dataset:
     verify=True, is also read in full (verify). Raises FileNotFoundError or ValueError."""
 
     def __init__(self, folder, block_size, vocab_size=None, verify=None):
-        self.folder = Path(os.path.expanduser(folder))
+        self.folder, self.vocab_size = Path(os.path.expanduser(folder)), vocab_size
         if not self.folder.exists():
             raise FileNotFoundError(f"no dataset at {folder}: make it with `python prepare_data.py "
                                     f"PATH... --out {folder}`, or set --dataset to one that exists")
@@ -229,9 +229,11 @@ class Dataset:
     def tokenizer(self):
         """"gpt2", whose tokens shards without a meta.json nearly always hold, or "ids" (unknown).
 
-        It is unknown if an id is beyond GPT-2's vocabulary, if none is beyond 255 (characters or
-        bytes), or with a meta.pkl, which nanoGPT writes for other vocabularies. A pickle can run
-        code, so it is never loaded."""
+        It is unknown if the model's vocabulary is smaller than GPT-2's, if an id is beyond it, if
+        none is beyond 255 (characters or bytes), or with a meta.pkl, which nanoGPT writes for other
+        vocabularies. A pickle can run code, so it is never loaded."""
+        if self.vocab_size is not None and self.vocab_size < GPT2_VOCABULARY:
+            return "ids"
         highest = next(self.val.shards[0].blocks()).max()
         is_gpt2s = 255 < highest < GPT2_VOCABULARY and not (self.folder / "meta.pkl").exists()
         return "gpt2" if is_gpt2s else "ids"

@@ -100,9 +100,13 @@ def test_a_whole_word_decides_the_split(tmp_path):
 @pytest.mark.parametrize("highest, tokenizer", [
     (50256, "gpt2"), (256, "gpt2"), (255, "ids"), (50257, "ids")])
 def test_when_shards_are_taken_for_gpt2s(tmp_path, highest, tokenizer):
-    """Not with a meta.pkl, which says that they are another's, and is an error if it is loaded."""
+    """Not for a model of fewer tokens. Not with a meta.pkl, which says that they are another's, and
+    is an error if it is loaded."""
     nanogpt_folder(tmp_path, [0] * 50 + [highest] + [1] * 50)
     assert Dataset(tmp_path, 16).tokenizer == tokenizer
+    assert Dataset(tmp_path, 16, 60000).tokenizer == tokenizer
+    if highest < 50256:
+        assert Dataset(tmp_path, 16, 50256).tokenizer == "ids"
     (tmp_path / "meta.pkl").touch()
     opened = Dataset(tmp_path, 16)
     assert opened.tokenizer == "ids" and opened.val_bytes_per_token is None
