@@ -90,7 +90,8 @@ def scaled_linears(c, d, shapes, norm_width=None, absorbed_by=None, tied=False):
             c.scale_vectors, c.scale_reparam, norm_width, c.norm_eps,
             (absorbed_by or {}).get(name), tied))
         maps[-1].starts_small = kind in ("o", "down")
-    readers = [m for name, m in zip(shapes, maps) if name not in ("router", "o", "down")]
+    readers = [m for name, m in zip(shapes, maps)
+               if name.removeprefix("shared_") not in ("router", "o", "down")]
     if all(m.placement.undoes_factor for m in readers):  # their Norm is left out: see pre_norm
         for m in readers:
             m.eps = c.norm_eps ** 2

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,9 @@ TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_em
 PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
 EVERYWHERE = "q,k,v,gate,up,head,o,down"
-MIXTURE = dict(n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=24, n_dense_layer=1)
+# one dense layer, then two mixtures; widths that must be padded, as 426, 682 and 853 must
+MIXTURE = dict(n_layer=3, n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=27,
+               n_dense_layer=1)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -138,6 +141,10 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=
          "--vocab_size=257", "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=12",
          "--warmup_iters=3", "--learning_rate=1e-2", "--eval_interval=5", "--eval_windows=16",
          "--log_interval=1", "--device=cpu"]
+MIXTURE_KEYS = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
+# can stop at any step and go on; the balance loss is each process's own
+CONSTANT = [*MIXTURE_KEYS, "--n_dense_layer=1", "--optimizer=muon", "--load_balance_coef=0",
+            "--schedule=wsd", "--decay_share=0", "--eval_interval=4", "--log_interval=5"]
 UNIFIED_CONFIG = str(ROOT / "configs" / "unified.py")
 
 
@@ -198,3 +205,32 @@ def undisturbed(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     args = start(out, dataset, "--sample_tokens=5", "--checkpoint_interval=4")
     return out, trained(UNIFIED_CONFIG, *args)
+
+
+@pytest.fixture(scope="session")
+def two(undisturbed, dataset, tmp_path_factory):
+    """Several runs on two processes: their folder, and {name: outcome} of each process. The window
+    of process 1 at step 3 of the bad run has a token that no vocabulary has."""
+    folder = tmp_path_factory.mktemp("two")
+    bad = folder / "shards"
+    bad.mkdir()
+    from lib.data import window_numbers
+    tokens = np.random.default_rng(0).integers(0, 250, 32 * 200 + 1).astype("<u2")
+    tokens[:32 * 20 + 1].tofile(bad / "val.bin")
+    tokens[window_numbers(3 * 8 + 4, 1, 200, 1337)[0] * 32 + 5] = 60_000
+    tokens.tofile(bad / "train.bin")
+    keys = {
+        "half": [*CONSTANT, "--max_iters=6"],
+        "resumed": [*CONSTANT, f"--out_dir={folder / 'half'}", "--resume"],
+        "small": ["--batch_size=2", "--gradient_accumulation_steps=4", "--dist_timeout=77"],
+        "mixture": CONSTANT,
+        "idle": ["--max_iters=3"],
+        "uneven": ["--batch_size=3", "--gradient_accumulation_steps=1"],
+        "guarded": [f"--out_dir={undisturbed[0]}"],
+        "bad": [f"--dataset={bad}", "--vocab_size=40000", "--dist_timeout=20"]}
+    requests = {name: [UNIFIED_CONFIG, *start(folder / name, dataset, *more)]
+                for name, more in keys.items()}
+    (folder / "requests.json").write_text(json.dumps(requests), "utf-8")
+    run(ROOT / "tests" / "two_processes.py", folder / "requests.json", folder, processes=2,
+        timeout=120, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    return folder, [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]

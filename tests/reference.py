@@ -31,13 +31,13 @@ def gamma(vector, e=None):
     return GAMMA[vector.reparam](beta, alpha)
 
 
-def linear(m, x, e=None, width=None):
+def linear(m, x, eps, e=None, width=None):
     """γ_a ⊙ W(γ_b ⊙ x), each γ where the map m has it, or its expert e (eqs. 5 and 6). Under DNP,
     γ_a ⊙ Norm(W(γ_b ⊙ x)), over each `width` channels (eq. 7)."""
     W = m.weight[e] if m.weight.ndim == 3 else m.weight
     y = (gamma(m.scale_in, e) * x) @ W.T
-    if m.placement is PLACEMENTS["dual_norm"]:
-        y = norm(y.unflatten(-1, (-1, width or len(W))), m.eps).flatten(-2)
+    if m.placement == PLACEMENTS["dual_norm"]:
+        y = norm(y.unflatten(-1, (-1, width or len(W))), eps).flatten(-2)
     return gamma(m.scale_out, e) * y
 
 
@@ -56,30 +56,32 @@ def rotate(x, theta):
 
 def attention(m, x, c):
     """Query head h reads key/value head h // (H / H_kv). x (B, T, C) is normalized."""
-    q, k, v = (linear(f, x, width=c.head_dim).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
-               for f in (m.q, m.k, m.v))
+    q, k, v = (linear(f, x, c.norm_eps, width=c.head_dim) for f in (m.q, m.k, m.v))
+    q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in (q, k, v))
     q = rotate(output_norm(m.q_norm, q, c), c.rope_theta)
     k = rotate(output_norm(m.k_norm, k, c), c.rope_theta)
     heads = [h // (c.n_head // c.n_kv_head) for h in range(c.n_head)]
     future = torch.ones(x.size(1), x.size(1)).triu(1) > 0
     scores = (q @ k[:, heads].mT / c.head_dim ** 0.5).masked_fill(future, -torch.inf)
-    return linear(m.o, (scores.softmax(-1) @ v[:, heads]).transpose(1, 2).flatten(-2))
+    return linear(m.o, (scores.softmax(-1) @ v[:, heads]).transpose(1, 2).flatten(-2), c.norm_eps)
 
 
-def swiglu(gate, up, down, x, e=None):
-    return linear(down, F.silu(linear(gate, x, e)) * linear(up, x, e), e)
+def swiglu(gate, up, down, x, eps, e=None):
+    return linear(down, F.silu(linear(gate, x, eps, e)) * linear(up, x, eps, e), eps, e)
 
 
 def mixture(m, x, c):
     """Every expert on every token, with weight 0 where the token has not chosen it; and the
     load-balancing loss (Switch Transformer, eq. 4) with the z-loss (ST-MoE, eq. 5)."""
-    logits = linear(m.router, x)
+    logits = linear(m.router, x, c.norm_eps)
     p = logits.softmax(-1)
     chosen = p >= p.topk(c.n_expert_active).values[..., -1:]
     weight = p * chosen / (p * chosen).sum(-1, keepdim=True)
-    y = swiglu(m.shared_gate, m.shared_up, m.shared_down, x) if m.shared_down else 0
+    y, eps = 0, c.norm_eps
+    if m.shared_down:
+        y = swiglu(m.shared_gate, m.shared_up, m.shared_down, x, eps)
     for e in range(c.n_expert):
-        y = y + weight[..., e, None] * swiglu(m.gate, m.up, m.down, x, e)
+        y = y + weight[..., e, None] * swiglu(m.gate, m.up, m.down, x, eps, e)
 
     share = chosen.double().mean((0, 1)) / c.n_expert_active  # of all choices
     balance = c.n_expert * (share * p.mean((0, 1))).sum()
@@ -87,18 +89,19 @@ def mixture(m, x, c):
     return y, torch.stack((balance, z))
 
 
-def decoder(model, idx):
-    """idx (B, T) -> logits (B, T, V), and [load-balancing loss, z-loss], means over mixtures."""
-    c, x, losses = model.config, model.embedding.weight[idx], [torch.zeros(2)]
-    for layer in model.layers:
+def decoder(model, idx, c=None):
+    """idx (B, T) -> logits (B, T, V), and [load-balancing loss, z-loss], means over mixtures. c:
+    the keys, where they are not to be the model's own."""
+    c, x, losses = c or model.config, model.embedding.weight[idx], [torch.zeros(2)]
+    for i, layer in enumerate(model.layers):
         y = attention(layer.attn, norm(x, c.norm_eps), c)
         x = x + output_norm(layer.attn_post_norm, y, c)
         m, read = layer.mlp, norm(x, c.norm_eps)
-        if layer.moe:
+        if c.n_expert and i >= c.n_dense_layer:
             y, loss = mixture(m, read, c)
             losses.append(loss)
         else:
-            y = swiglu(m.gate, m.up, m.down, read)
+            y = swiglu(m.gate, m.up, m.down, read, c.norm_eps)
         x = x + output_norm(layer.mlp_post_norm, y, c)
-    logits = linear(model.head, norm(x, c.norm_eps))
+    logits = linear(model.head, norm(x, c.norm_eps), c.norm_eps)
     return logits, sum(losses) / max(1, len(losses) - 1)

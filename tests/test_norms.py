@@ -66,12 +66,13 @@ def test_placement(placement):
     for width, vectors in itertools.product((None, 4), (True, False)):
         m = scaled_linear((8, 6), placement, vectors=vectors, norm_width=width, eps=0.1)
         assert vectors or [name for name, _ in m.named_parameters()] == ["weight"]
-        close(m(x), reference.linear(m, x, width=width))
+        close(m(x), reference.linear(m, x, 0.1, width=width))
     m = scaled_linear((2, 4, 6), placement, eps=0.1)
     for counts in ((2, 1), (0, 3), (3, 0)):
         counts = torch.tensor(counts)
         routing = Routing(torch.arange(2).repeat_interleave(counts), counts.cumsum(0).int())
-        parts = [reference.linear(m, rows, e) for e, rows in enumerate(x.split(counts.tolist()))]
+        rows = x.split(counts.tolist())
+        parts = [reference.linear(m, part, 0.1, e) for e, part in enumerate(rows)]
         close(m(x, routing), torch.cat(parts))
 
 
@@ -101,7 +102,7 @@ def test_dnp_undoes_the_pre_norm():
         x = size * random(50, 6)
         for eps, tolerance in ((1e-6, 1e-6), (1e-30, 1e-14)):
             m.eps = eps
-            expected = reference.linear(m, reference.norm(x, eps))
+            expected = reference.linear(m, reference.norm(x, eps), eps)
             m.eps = eps ** 2
             found = m(pre_norm(x, [m], eps))
             assert (found - expected).norm() < tolerance * expected.norm()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT, SMALL, UNIFIED_CONFIG, gpt_with_idle, losses, read_log, run, same_runs, start, train,
-    trained)
+    CONSTANT, MIXTURE_KEYS, SMALL, UNIFIED_CONFIG, gpt_with_idle, losses, read_log, same_runs,
+    start, train, trained)
 
 import train as program
 from lib.checkpoint import newest_checkpoint
@@ -26,10 +26,6 @@ from norms import ScaleVector, named_scale_vectors
 from optim import learning_rate
 from train import EXIT_STOPPED, evaluate, training_step
 
-MIXTURE = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
-# can stop at any step and go on; the balance loss is each process's own
-CONSTANT = [*MIXTURE, "--n_dense_layer=1", "--optimizer=muon", "--load_balance_coef=0",
-            "--schedule=wsd", "--decay_share=0", "--eval_interval=4", "--log_interval=5"]
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cpu"),
                               dtype=torch.float32, sum=lambda values: values.tolist())
 
@@ -151,7 +147,7 @@ def test_a_first_run(tmp_path, monkeypatch):
 
 # ---- the step and the validation loss ------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", [[], MIXTURE], ids=["dense", "mixture"])
+@pytest.mark.parametrize("kind", [[], MIXTURE_KEYS], ids=["dense", "mixture"])
 def test_the_step_is_that_of_the_whole_batch(dataset, tmp_path, kind):
     """In float64, three micro-batches with clipping, against autograd over all their sequences at
     once and SGD by hand. A mixture's auxiliary losses add to the gradient, micro-batch by
@@ -209,7 +205,7 @@ def test_validation_reads_the_same_windows_whatever_the_batch(dataset, tmp_path,
     """Against one pass over all windows. The micro-batch stays whole: 5 does not divide them."""
     found, split = [], Dataset(dataset, 32).val
     for batch in (5, 8):
-        config = load_config(start(tmp_path, dataset, f"--batch_size={batch}", *MIXTURE,
+        config = load_config(start(tmp_path, dataset, f"--batch_size={batch}", *MIXTURE_KEYS,
                                    f"--eval_windows={eval_windows}", "--load_balance_coef=100"))
         torch.manual_seed(0)
         model, seen = GPT(config.model), set()
@@ -230,34 +226,6 @@ def same_losses(a, b, tolerance=1e-5):
     assert losses(a) == pytest.approx(losses(b), abs=tolerance)
     found, expected = ([r["val_loss"] for r in read_log(out, "eval")] for out in (a, b))
     assert found == pytest.approx(expected, abs=tolerance)
-
-
-@pytest.fixture(scope="module")
-def two(undisturbed, dataset, tmp_path_factory):
-    """Several runs on two processes: their folder, and {name: outcome} of each process. The window
-    of process 1 at step 3 of the bad run has a token that no vocabulary has."""
-    folder = tmp_path_factory.mktemp("two")
-    bad = folder / "shards"
-    bad.mkdir()
-    tokens = np.random.default_rng(0).integers(0, 250, 32 * 200 + 1).astype("<u2")
-    tokens[:32 * 20 + 1].tofile(bad / "val.bin")
-    tokens[window_numbers(3 * 8 + 4, 1, 200, 1337)[0] * 32 + 5] = 60_000
-    tokens.tofile(bad / "train.bin")
-    keys = {
-        "half": [*CONSTANT, "--max_iters=6"],
-        "resumed": [*CONSTANT, f"--out_dir={folder / 'half'}", "--resume"],
-        "small": ["--batch_size=2", "--gradient_accumulation_steps=4"],
-        "mixture": CONSTANT,
-        "idle": ["--max_iters=3"],
-        "uneven": ["--batch_size=3", "--gradient_accumulation_steps=1"],
-        "guarded": [f"--out_dir={undisturbed[0]}"],
-        "bad": [f"--dataset={bad}", "--vocab_size=40000", "--dist_timeout=20"]}
-    requests = {name: [UNIFIED_CONFIG, *start(folder / name, dataset, *more)]
-                for name, more in keys.items()}
-    (folder / "requests.json").write_text(json.dumps(requests), "utf-8")
-    run(ROOT / "tests" / "two_processes.py", folder / "requests.json", folder, processes=2,
-        timeout=120, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    return folder, [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 
 def test_one_process_equals_two_however_the_batch_is_cut(undisturbed, two):

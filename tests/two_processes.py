@@ -1,8 +1,9 @@
 """
-Run by test_train.py under torchrun: train.py's main for each command line of a JSON file
+Run by conftest's `two` under torchrun: train.py's main for each command line of a JSON file
 {name: arguments}, in the same two processes, which is quicker than to start them anew. Writes
 RANK.json, {name: [exit status, what this process printed, its errors], "averaged": how often the
-one bucket of gradients was averaged in the run "small"}.
+one bucket of gradients was averaged in the run "small", "timeouts": {name: seconds that its
+processes wait for each other}}.
 """
 import json
 import os
@@ -18,7 +19,8 @@ from lib import data
 from lib.process import Process
 from model import GPT
 
-rendezvous, parallel, averaged = dist.rendezvous, Process.parallel, []
+rendezvous, parallel, start = dist.rendezvous, Process.parallel, Process.start
+averaged, timeouts = [], {}
 
 
 def counted(process, model, idle):
@@ -31,6 +33,13 @@ def counted(process, model, idle):
 
 def run(name, arguments):
     """What one run returned and printed."""
+    def started(process, config):
+        start(process, config)
+        backend = dist.group.WORLD._get_backend(process.device)
+        assert backend.options._timeout == process.store.timeout
+        timeouts[name] = process.store.timeout.total_seconds()
+
+    Process.start = started
     # a part of the store of its own, as each start of torchrun has its own
     dist.rendezvous = lambda url: ((dist.PrefixStore(name, store), *rest)
                                    for store, *rest in rendezvous(url))
@@ -46,5 +55,5 @@ def run(name, arguments):
 
 requests = json.loads(Path(sys.argv[1]).read_text("utf-8"))
 outcomes = {name: run(name, arguments) for name, arguments in requests.items()}
-outcomes["averaged"] = len(averaged)
+outcomes |= {"averaged": len(averaged), "timeouts": timeouts}
 Path(sys.argv[2], f"{os.environ['RANK']}.json").write_text(json.dumps(outcomes), "utf-8")
