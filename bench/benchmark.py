@@ -2,13 +2,13 @@
 Speed, as ratios from interleaved runs on one machine: the median, and the range over the rounds.
 
   python -m bench.benchmark train configs/baseline_120m.py --gradient_accumulation_steps=4 \\
-      --out results/bench.json
+      --out studies/results/bench.json
       Training steps on random tokens: every variant of each config's shape beside two peers that
       use none of our modules, nanoGPT's block and the baseline in nn.Linear and nn.RMSNorm
       (plain). --key=value is given to every config.
   python -m bench.benchmark cpu --rounds=40 --threads=1,2
       The files that docs/performance.md quotes: a model of 0.92M parameters, compiled and eager,
-      for each number of threads (default: 1), in results/ or the folder of --out.
+      for each number of threads (default: 1), in studies/results/ or the folder of --out.
 """
 import argparse
 import dataclasses
@@ -303,7 +303,7 @@ def main(argv=None):
             train(rest, names, args.rounds, args.out)
         else:
             threads = [int(part) for part in args.threads.split(",")]
-            cpu(rest, names, args.rounds, threads, args.out or ROOT / "results")
+            cpu(rest, names, args.rounds, threads, args.out or ROOT / "studies" / "results")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 

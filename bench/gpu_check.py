@@ -387,7 +387,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--only", help="some of the part's checks, such as head,optimizers")
-    parser.add_argument("--out", help="a folder (default: results, and with --only out/gpu_check)")
+    parser.add_argument("--out", help="a folder (studies/results; with --only out/gpu_check)")
     parser.add_argument("--toy", action="store_true", help="toy shapes, on any machine")
     args = parser.parse_args()
     checks = PARTS[args.part]
@@ -398,7 +398,7 @@ def main():
         checks = [known[name] for name in args.only.split(",")]
     process = Process()
     process.start(load_config(["configs/quickstart.py"]))
-    folder = args.out or ("out/gpu_check" if args.only else "results")
+    folder = args.out or ("out/gpu_check" if args.only else "studies/results")
     path = Path(folder, f"gpu_{args.part}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results, failed, started = {"versions": versions(), "toy": args.toy}, 0, time.monotonic()

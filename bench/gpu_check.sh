@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first thing to run on a new GPU, in three parts of at most ten minutes each on one H100 or H200.
-# Results: results/gpu_A.json, gpu_B.json, gpu_C.json.
+# Results: studies/results/gpu_A.json, gpu_B.json, gpu_C.json.
 #
 #   bash bench/gpu_check.sh A    Is it right? The CUDA tests, compiled bfloat16 against float64 and
 #                                float32, three minutes of training at 0.12B, a resumed run.
@@ -23,8 +23,8 @@ fi
 
 check() {  # PART SECONDS; each finished check is in the file when the time is over
     local status=0
-    timeout "$2" python -m bench.gpu_check "$1" --out results || status=$?
-    if [ "$status" = 124 ]; then echo "LOOK: stopped after $2 s; results/gpu_$1.json is partial"; fi
+    timeout "$2" python -m bench.gpu_check "$1" --out studies/results || status=$?
+    if [ "$status" = 124 ]; then echo "LOOK: stopped after $2 s; studies/results/gpu_$1.json is partial"; fi
     return "$status"
 }
 

@@ -258,7 +258,7 @@ def summarize(run, val_loss, val_bpb):
                "scale_params": run.model.num_params("scale_vectors"),
                "tokens_per_s": tokens / max(seconds, 1e-9)}
     write_whole(out / "summary.json", to_json(summary, indent=1), AGAIN)
-    draw = f"python -m study.report {out}"
+    draw = f"python -m studies report {out}"
     if importlib.util.find_spec("matplotlib") is None:
         draw = f"pip install matplotlib && {draw}"
     say(f"done in {duration(seconds)}: {out}/ holds the last checkpoint, log.jsonl, config.json "

@@ -1,8 +1,8 @@
 """A track for new ideas: your config, or --key=value, beside baseline and unified, on the same
 seeds and data.
 
-  python -m study.run studies/track.py configs/mine.py --jobs=2
-  python -m study.run studies/track.py --scale_reparam=exponential --scale_placement=dual
+  python -m studies track configs/mine.py --jobs=2
+  python -m studies track --scale_reparam=exponential --scale_placement=dual
 
 The config says what differs from the baseline; --on=unified adds unified's keys. A row's learning
 rate is tuned on as many rates as the baseline's. Keys that all rows must share are refused."""

@@ -11,7 +11,7 @@ import shlex
 import pytest
 from conftest import ROOT, trained
 
-from study.report import main
+from studies.machinery.report import main
 
 LESSON = (ROOT / "docs/lesson.md").read_text(encoding="utf-8")
 
@@ -50,7 +50,7 @@ def test_its_commands(dataset, tmp_path):
             trained(*args[1:], "--max_iters=2", "--eval_windows=4", "--device=cpu",
                     f"--dataset={dataset}", f"--out_dir={tmp_path / str(number)}")
         else:
-            assert args[:2] == ["-m", "study.report"]
+            assert args[:3] == ["-m", "studies", "report"]
             main([str(tmp_path / "0"), str(tmp_path / "1")])
             assert (tmp_path / "report.png").stat().st_size > 10_000
 

@@ -463,7 +463,7 @@ def test_pre_norm_difference():
 def test_figures_are_drawn_the_same_each_time(names, tmp_path, monkeypatch):
     """The figures of docs/theory.md: there is one for each drawer."""
     page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"figures/theory_(\w+).png", page)) == set(theory_figures.FIGURES)
+    assert set(re.findall(r"images/theory_(\w+).png", page)) == set(theory_figures.FIGURES)
     pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
     torch.set_default_dtype(torch.float32)  # as where the command is run
     drawers = {name: theory_figures.FIGURES[name] for name in names}

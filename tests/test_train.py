@@ -68,7 +68,7 @@ def test_run_folder(undisturbed, dataset):
     assert summary["scale_params"] == model.num_params("scale_vectors")
     assert {p.name for p in out.iterdir()} == {"ckpt_0000008.pt", "ckpt_0000012.pt", "config.json",
                                                "log.jsonl", "summary.json"}
-    assert "a sample" in printed and f"python -m study.report {out}" in printed
+    assert "a sample" in printed and f"python -m studies report {out}" in printed
 
     # the first step may hold minutes of compilation: no rate and no time left before the second
     first, second = [line for line in printed.splitlines() if "grad_norm" in line][:2]
@@ -142,7 +142,7 @@ def test_a_first_run(tmp_path, monkeypatch):
     assert shown == pytest.approx([first, sum(middle) / 3], abs=1e-4)
     assert f"uniform over 257 tokens is {math.log(257):.4f}\n" in printed
     assert "2 threads would wait for each other: set OMP_NUM_THREADS=1" in printed
-    assert "`pip install matplotlib && python -m study.report out`" in printed
+    assert "`pip install matplotlib && python -m studies report out`" in printed
 
 
 # ---- the step and the validation loss ------------------------------------------------------------

@@ -2,7 +2,7 @@
 Draws the statements of theory/theorems.py on small problems that are integrated numerically, in
 about a minute on one CPU core.
 
-  python -m theory.figures [FOLDER]      writes figures/theory_*.png
+  python -m theory.figures [FOLDER]      writes docs/images/theory_*.png
 
 docs/theory.md explains each figure. The same command draws the same files: every random number has
 a seed, and one thread adds up.
@@ -430,8 +430,8 @@ STYLE = {
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m theory.figures", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", default="figures",
-                        help="where they go (default: figures)")
+    parser.add_argument("folder", nargs="?", default="docs/images",
+                        help="where they go (default: docs/images)")
     folder = parser.parse_args(argv).folder
     try:
         import matplotlib

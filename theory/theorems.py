@@ -1,7 +1,7 @@
 """
 Why scale vectors help: the paper's theorems, and what we add to them, as functions to call.
 
-  python -m theory.figures      draws figures/theory_*.png from them
+  python -m theory.figures      draws docs/images/theory_*.png from them
 
 Setting 2.1. x̂ = Norm(x) in R^d with E[x̂ x̂ᵀ] = I, a linear map W (m, d), a teacher W*. A form
 writes the effective weight W̃ that the loss L = ½‖W̃ - W*‖² sees; G = ∂L/∂W̃ = W̃ - W* is (m, d).

@@ -5,7 +5,16 @@ import re
 
 import pytest
 
-from study.report import curves, log_of, main, names_of, report, seconds_at, smooth, table
+from studies.machinery.report import (
+    curves,
+    log_of,
+    main,
+    names_of,
+    report,
+    seconds_at,
+    smooth,
+    table,
+)
 
 image = pytest.importorskip("matplotlib.image", reason="needs the optional package matplotlib")
 SCALES = ("layers.0.attn.q.scale_out", "layers.0.attn.q.scale_in", "layers.1.attn.q.scale_in",

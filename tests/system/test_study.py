@@ -21,17 +21,35 @@ import pytest
 from conftest import ROOT, command_of, run
 
 from lib.config import load_config, to_dict
-from study import evidence, tables
-from study.evidence import best_rate, judge, paired, pooled, seeds_needed, summarize, verdict
-from study.plan import Cell, Study, config_of, load_study, read_idea
-from study.results import as_text, collect, curves, load_records
-from study.run import main, write_docs
-from study.runs import Pool, Run, RunFolders, code, digest, gpu_for, settings_of, stamp_run
+from studies.machinery import evidence, tables
+from studies.machinery.evidence import (
+    best_rate,
+    judge,
+    paired,
+    pooled,
+    seeds_needed,
+    summarize,
+    verdict,
+)
+from studies.machinery.plan import Cell, Study, config_of, load_study, read_idea
+from studies.machinery.results import as_text, collect, curves, load_records
+from studies.machinery.run import main, write_docs
+from studies.machinery.runs import (
+    Pool,
+    Run,
+    RunFolders,
+    code,
+    digest,
+    gpu_for,
+    settings_of,
+    stamp_run,
+)
 
 SMOKE, TRACK, FIGURE_1, FIGURE_6, FIGURE_7 = (ROOT / "studies" / f"{name}.py" for name in (
     "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling", "figure_7_moe_scaling"))
-STUDIES = sorted(p for p in (ROOT / "studies").glob("*.py") if p.stem != "common")
-RESULTS = [p for p in sorted((ROOT / "results").glob("*.json"))
+STUDIES = sorted(p for p in (ROOT / "studies").glob("[a-z]*.py") if p.stem != "common")
+FOLDER = ROOT / "studies" / "results"
+RESULTS = [p for p in sorted(FOLDER.glob("*.json"))
            if '"study"' in p.read_text(encoding="utf-8")[:100]]
 CONFIG = "configs/study_cpu.py"
 MODEL = {"config": CONFIG, "keys": {}, "learning_rates": (1e-3, 2e-3)}
@@ -238,15 +256,15 @@ def test_only_equal_data_counts_and_only_todays_code_for_yours(tmp_path, monkeyp
     write_run(tmp_path / "out" / "a", [CONFIG, "--seed=1"], made_by="earlier", data="same")
     key = digest(find("none").settings)
     records = {key: [{"state": "done", "code": "earlier", "data": "same", "val_loss": 1.0}]}
-    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
+    monkeypatch.setattr("studies.machinery.runs.data_of", lambda dataset: "same")
     assert find("none", records).has_ended  # a result counts as done, on equal data
     assert not find("none", records, made_by=code()).has_ended
     assert find("out").folder.name == "a" and find("out").data == "same"
-    monkeypatch.setattr("study.runs.data_of", lambda dataset: "other")
+    monkeypatch.setattr("studies.machinery.runs.data_of", lambda dataset: "other")
     assert not find("none", records).has_ended
     assert not find("out").has_ended and find("out").data == "other"
 
-    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
+    monkeypatch.setattr("studies.machinery.runs.data_of", lambda dataset: "same")
     mine = find("out", records, made_by=code())
     assert mine.state == "missing" and mine.folder.name.endswith(code()[:6])
     write_run(mine.folder, [CONFIG, "--seed=1"], made_by=code())
@@ -348,14 +366,14 @@ def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     the same command leaves what was finished and resumes the rest; once more, it makes nothing; and
     the JSON stands for the runs where they are gone."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "study.pictures", None)
+    monkeypatch.setitem(sys.modules, "studies.machinery.pictures", None)
     smoke_and("""
 rows["wild"] = {"init_std": 1e30}
 model["keys"] |= {"max_iters": 200, "eval_interval": 100}
 scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
 """, tmp_path)
     command = ["mine.py", *places(tmp_path), "--jobs=2"]
-    with subprocess.Popen(command_of("-m", "study.run", *command), stdout=subprocess.PIPE,
+    with subprocess.Popen(command_of("-m", "studies", *command), stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}) as child:
         while child.poll() is None and not list(tmp_path.glob("runs/unified*/config.json")):
@@ -389,7 +407,7 @@ scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
 
 def test_it_starts_without_optional_packages():
     without = "import sys; sys.modules |= dict.fromkeys(('scipy', 'matplotlib')); "
-    run("-c", without + "import study.run")
+    run("-c", without + "import studies.machinery.run")
 
 
 def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
@@ -397,8 +415,8 @@ def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
         pool.children[child] = (None, 0, 0.0, 0)
         raise ValueError("no space")
 
-    monkeypatch.setattr("study.run.run_phase", fail)
-    monkeypatch.setattr("study.run.find_data", lambda datasets: None)
+    monkeypatch.setattr("studies.machinery.run.run_phase", fail)
+    monkeypatch.setattr("studies.machinery.run.find_data", lambda datasets: None)
     with subprocess.Popen(["sleep", "60"]) as child:
         assert main([str(SMOKE), *places(tmp_path)]) == 1
         assert child.returncode == -signal.SIGTERM and "no space" in capsys.readouterr().err
@@ -406,7 +424,7 @@ def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
 
 def test_a_parts_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys, monkeypatch):
     """Also where the runs' folders are gone, and for a seed that the study does not ask for."""
-    monkeypatch.setattr("study.runs.data_of", lambda dataset: "same")
+    monkeypatch.setattr("studies.machinery.runs.data_of", lambda dataset: "same")
     arguments = [str(FIGURE_1), *places(tmp_path), "--evaluate"]
     path = tmp_path / "results" / "figure_1_necessity_cpu.json"
     for seed, more in ((1, []), (77, ["--rows=baseline", "--seeds=77"])):
@@ -479,7 +497,7 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
     ("rows['unified'] = {'min_lr': 5e-3}", "row 'unified': min_lr=0.005"),
     ("rows['unified'] = {'dataset': 'data/nope'}", "no dataset at data/nope"),
     # commands
-    (["studies/nothing.py"], "study not found"),
+    (["nothing"], "study not found"),
     ([SMOKE, "--scale=huge"], "no such scale"),
     ([SMOKE, "--lerning_rate=1"], "unknown key"),
     ([TRACK, "--dtype=bfloat16"], "dtype must be the same for every row"),
@@ -529,7 +547,7 @@ def test_the_pages_hold_the_results_tables():
     """A sentence of docs/studies.md quotes only numbers of the table in its section."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        assert tables.fill(text) == text, f"{path.name}: run `python -m study.run --docs`"
+        assert tables.fill(text) == text, f"{path.name}: run `python -m studies --docs`"
     page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
     for section in re.split(r"^#+ ", page, flags=re.MULTILINE):
         prose, table = tables.BLOCK.sub("", section), " ".join(
@@ -540,7 +558,7 @@ def test_the_pages_hold_the_results_tables():
 
 def test_the_cost_of_a_step():
     """The benchmark's; beside it these runs' own, unless a row's runs took very different times."""
-    cpu, gpu_b, gpu_c = (json.loads((ROOT / "results" / f"{name}.json").read_text("utf-8"))
+    cpu, gpu_b, gpu_c = (json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
                          for name in ("bench_cpu", "gpu_B", "gpu_C"))
     races = {**cpu["races"], **gpu_c["one_billion"], **gpu_b["dense_and_mixture"]}
     medians = [races[name]["variants"]["unified"]["time_over_baseline"]["median"]
@@ -576,12 +594,12 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
                   "seconds": 1, "val_loss": loss, "state": "done", "code": "", "data": ""}
         runs[cell] = Run([], {}, tmp_path, record)
     text = as_text(collect(study, "cpu", runs, list(runs), "", {}))
-    files = {"results/s_cpu.json": text, "results/bench.json": '{"races": {}}',
-             "results/a.json": text.replace('"code":""', '"code":"theirs"'),
+    files = {"studies/results/s_cpu.json": text, "studies/results/bench.json": '{"races": {}}',
+             "studies/results/a.json": text.replace('"code":""', '"code":"theirs"'),
              "README.md": "a <!-- results --><!-- end --> b",
              "docs/a.md": "<!-- study s_cpu -->x<!-- end --> <!-- study none_cpu --><!-- end -->."}
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content, encoding="utf-8")
 
     assert len(write_docs(tmp_path)) == 2 and write_docs(tmp_path) == []
@@ -592,7 +610,7 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
     assert tables.EDGE in page and "still to be made" not in page and "Not run yet." in page
     assert readme.count("not run yet") == 5
 
-    path = tmp_path / "results" / "s_cpu.json"
+    path = tmp_path / "studies" / "results" / "s_cpu.json"
     [same] = load_records(path).values()
     assert [run["code"] for run in same] == 8 * [""] + 8 * ["theirs"]
     for text in ("{}", "[]", "x"):
@@ -606,7 +624,7 @@ def test_pictures_do_not_compare_what_cannot_be():
     """A row that trains for longer is not drawn; of one with a diverged run the legend says so, and
     at that rate only the dots of the others stand."""
     pytest.importorskip("matplotlib", reason="pictures need the optional package matplotlib")
-    from study.pictures import learning_rates, relative_loss
+    from studies.machinery.pictures import learning_rates, relative_loss
     runs = [{"model": "m", "learning_rate": 0.1, "row": row, "seed": seed, "state": "done",
              "val_loss": 1.0, "curve": [[10, 2.0], [end, 1.0]]}
             for row, end in (("a", 20), ("longer", 30), ("b", 20)) for seed in (1, 2)]

@@ -29,7 +29,7 @@ import torch
 
 from lib.config import FIELDS, to_dict
 from lib.disk import write_whole
-from study.plan import ROOT, config_of
+from studies.machinery.plan import ROOT, config_of
 
 # keys that change what a run prints, not what it finds; tokens_per_param is in max_iters
 NOT_SETTINGS = {"out_dir", "resume", "checkpoint_interval", "keep_checkpoints", "log_interval",

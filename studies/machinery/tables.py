@@ -11,8 +11,8 @@ import re
 import statistics
 from pathlib import Path
 
-from study.evidence import half_width, paired, seeds_needed, verdict
-from study.plan import ROOT
+from studies.machinery.evidence import half_width, paired, seeds_needed, verdict
+from studies.machinery.plan import RESULTS
 
 UNEQUAL = ("Rows with different seeds cannot be compared by their means: the differences below are "
            "paired by seed.")
@@ -252,7 +252,7 @@ def read(path):
 BLOCK = re.compile(r"<!-- (results|quickstart|study \S+) -->.*?<!-- end -->", re.DOTALL)
 
 
-def fill(text, folder=ROOT / "results"):
+def fill(text, folder=RESULTS):
     """The text with its generated blocks written anew: between `<!-- study NAME_SCALE -->` and
     `<!-- end -->` the table of results/NAME_SCALE.json, between `<!-- results -->`, or
     `<!-- quickstart -->`, and `<!-- end -->` README's tables."""

@@ -1,8 +1,8 @@
 """
 Draw runs: losses over steps, how runs differ, and how each scale vector and matrix moved.
 
-  python -m study.report out/quickstart                            writes out/quickstart/report.png
-  python -m study.report out/quickstart_baseline out/quickstart    compares: writes out/report.png
+  python -m studies report out/quickstart                        writes out/quickstart/report.png
+  python -m studies report out/quickstart_baseline out/quickstart   compares: writes out/report.png
 
 Reads log.jsonl and summary.json of each run folder. A map that several runs have is one panel: a
 run is a colour, a layer a shade of it. What the log has not, or what would repeat another panel, is
@@ -308,7 +308,7 @@ def table(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m study.report", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m studies report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--out", help="the picture to write; otherwise report.png in the run's "
@@ -329,7 +329,3 @@ def main(argv=None):
         sys.exit("error: the picture needs matplotlib: pip install matplotlib")
     except KeyboardInterrupt:
         sys.exit("stopped: nothing was written")
-
-
-if __name__ == "__main__":
-    main()

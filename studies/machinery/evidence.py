@@ -10,7 +10,7 @@ From losses to what they show: differences paired by seed, their intervals, best
   fit_scaling      L = a C^-b over sizes, the compute multiplier, the pooled gain and its trend
   verdict, judge   does it agree with the paper; does an idea count as better
 
-`losses` maps a study.plan.Cell to a terminal validation loss, infinite where the run diverged.
+`losses` maps a Cell to a terminal validation loss, infinite where the run diverged.
 """
 import math
 import statistics

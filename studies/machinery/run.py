@@ -1,16 +1,17 @@
 """
 Remake a result of the paper, or try an idea: make the missing runs, then table, picture and JSON.
 
-  python -m study.run studies/figure_5_step_by_step.py --jobs=2
-  python -m study.run studies/figure_5_step_by_step.py --print       each run as a train.py line
-  python -m study.run studies/track.py configs/mine.py --on=unified  your idea beside the others
-  python -m study.run --docs            write the tables of docs/ and README from results/
+  python -m studies figure_5_step_by_step --jobs=2
+  python -m studies figure_5_step_by_step --print         each run as a train.py line
+  python -m studies track configs/mine.py --on=unified    your idea beside the others
+  python -m studies --docs                                write the tables of docs/ and README
+  python -m studies report out/quickstart                 draw any run of train.py
 
-First learning rates are tuned, then every row runs with every seed (study/plan.py says how). Runs
-are train.py's, one folder each under out/studies/<scale>, shared by all studies. A run that has
-ended, or that a JSON under results/ holds with the same settings, is not made again; one that was
-interrupted is resumed; Ctrl-C ends the runs after they have saved. results/<study>_<scale>.json
-keeps every run that it holds, and new ones are added.
+First learning rates are tuned, then every row runs with every seed (machinery/plan.py says how).
+Runs are train.py's, one folder each under out/studies/<scale>, shared by all studies. A run that
+has ended, or that a JSON under results/ holds with the same settings, is not made again; one that
+was interrupted is resumed; Ctrl-C ends the runs after they have saved.
+results/<study>_<scale>.json keeps every run that it holds, and new ones are added.
 """
 import argparse
 import re
@@ -23,11 +24,11 @@ from pathlib import Path
 from lib.config import BUILTIN
 from lib.disk import write_whole
 from prepare_data import prepare_builtin
-from study import results
-from study.evidence import best_rates, seeds_needed, summarize
-from study.plan import ROOT, load_study, read_idea, read_study
-from study.runs import Pool, Run, RunFolders, code, digest, folder_name
-from study.tables import fill, interval
+from studies.machinery import results
+from studies.machinery.evidence import best_rates, seeds_needed, summarize
+from studies.machinery.plan import RESULTS, ROOT, load_study, read_idea, read_study
+from studies.machinery.runs import Pool, Run, RunFolders, code, digest, folder_name
+from studies.machinery.tables import fill, interval
 
 
 def duration(seconds):
@@ -178,7 +179,7 @@ def write_docs(root=ROOT):
     changed = []
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        if (new := fill(text, root / "results")) != text:
+        if (new := fill(text, root / "studies" / "results")) != text:
             write_whole(path, new)
             changed.append(path)
     return changed
@@ -214,42 +215,50 @@ OPTIONS = {
     "on": ({"default": ""}, "your row has the keys of this row too, such as unified"),
     "name": ({"type": file_name, "default": ""}, "results go to <study>_NAME_<scale>.json"),
     "out": ({}, "the runs' folders (default: out/studies/<scale>)"),
-    "results": ({"default": str(ROOT / "results")}, "the folder of the JSONs (default: results)"),
+    "results": ({"default": str(RESULTS)}, "the folder of the JSONs (default: studies/results)"),
     "print": ({"action": "store_true"}, "print the train.py lines, and run nothing"),
     "evaluate": ({"action": "store_true"}, "write the results of the runs there are"),
     "docs": ({"action": "store_true"}, "write the tables of docs/*.md and README.md")}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m study.run", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("files", nargs="*", metavar="STUDY",
-                        help="a study file; after studies/track.py, your config")
+                        help="a study of studies/, or your file; after track, your config")
     for option, (keywords, words) in OPTIONS.items():
         parser.add_argument(f"--{option}", help=words, **keywords)
     args, args.keys = parser.parse_known_args(argv)
     if not args.docs and not args.files:
-        parser.error("name a study file, such as studies/figure_5_step_by_step.py")
+        parser.error("name a study, such as figure_5_step_by_step")
     for key, least in (("jobs", 1), ("nproc_per_node", 0), ("steps", 0)):
         if getattr(args, key) < least:
             parser.error(f"--{key}={getattr(args, key)} must be at least {least}")
     return args
 
 
+def study_file(name):
+    """The file of a study: one of studies/ by its name, or any path that ends in .py."""
+    return Path(name).absolute() if name.endswith(".py") else ROOT / "studies" / f"{name}.py"
+
+
 def command_of(args):
     """The command that makes these results, without what does not change them."""
-    files = [str(Path(f).relative_to(ROOT)) if Path(f).is_relative_to(ROOT) else f
-             for f in args.files]
+    configs = [str(Path(f).relative_to(ROOT)) if Path(f).is_relative_to(ROOT) else f
+               for f in args.files[1:]]
+    study = study_file(args.files[0])
+    files = [study.stem if study.parent == ROOT / "studies" else str(study), *configs]
     given = [f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
              for key in ("seeds", "steps", "protocol", "on", "name") if (v := getattr(args, key))]
-    return shlex.join(["python", "-m", "study.run", *files, f"--scale={args.scale}", *args.keys,
+    return shlex.join(["python", "-m", "studies", *files, f"--scale={args.scale}", *args.keys,
                        *given])
 
 
 def run_study(args):
     """One study from its file to its results. Returns True if nothing failed."""
-    names = read_study(args.files[0])
+    file = study_file(args.files[0])
+    names = read_study(file)
     if "measured_by" in names:
         print(f"{names['title']}: {names['question']}\nrun `{names['measured_by']}`")
         return True
@@ -257,7 +266,7 @@ def run_study(args):
     if args.on and not base:
         raise ValueError(f"--on={args.on}: the study has no such row, or it has no keys")
     idea = read_idea(args.files[1:], args.keys, base)
-    study = load_study(args.files[0], args.scale, idea, args.steps, args.name)
+    study = load_study(file, args.scale, idea, args.steps, args.name)
     study.protocol = args.protocol or study.protocol
     study.select_rows([*(args.rows or []), *args.redo])  # before any work
     datasets = study.check_rows()
@@ -295,7 +304,7 @@ def main(argv=None):
     try:
         if args.docs:
             said = "\n".join(f"wrote {path}" for path in write_docs())
-            print(said or "docs and README agree with results/")
+            print(said or "docs and README agree with studies/results/")
             return 0
         return 0 if run_study(args) else 1
     except (ValueError, OSError) as error:
@@ -303,7 +312,3 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from lib.disk import write_whole  # noqa: E402
-from study.evidence import half_width, paired  # noqa: E402
-from study.tables import paper_value  # noqa: E402
+from studies.machinery.evidence import half_width, paired  # noqa: E402
+from studies.machinery.tables import paper_value  # noqa: E402
 
 DPI, WIDTH = 100, 10  # inches
 

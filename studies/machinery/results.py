@@ -13,11 +13,11 @@ from pathlib import Path
 
 from lib.config import meta_model, tokens_per_step
 from lib.disk import write_whole
-from study.evidence import fit_scaling, judge, summarize
-from study.plan import Cell, config_of
-from study.report import read_log
-from study.runs import NUMBERS, code, digest
-from study.tables import table
+from studies.machinery.evidence import fit_scaling, judge, summarize
+from studies.machinery.plan import Cell, config_of
+from studies.machinery.report import read_log
+from studies.machinery.runs import NUMBERS, code, digest
+from studies.machinery.tables import table
 
 
 def load_results(path):
@@ -168,7 +168,7 @@ def write_results(results, path):
         print(f"made by earlier code: {', '.join(earlier)}. If a change since then matters to a "
               "row, --redo ROW makes it anew")
     try:
-        from study.pictures import draw
+        from studies.machinery.pictures import draw
         draw(results, path.with_suffix(".png"))
         print(f"wrote {path} and {path.with_suffix('.png').name}")
     except ImportError:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from lib.config import known_key, load_config, parse_value, read_config_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "studies" / "results"
 PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms")
 # all rows of a study share these and eval_*: a row may differ from the others in its strategy only
 SHARED_KEYS = {"dataset", "vocab_size", "block_size", "batch_size", "gradient_accumulation_steps",
@@ -217,7 +218,7 @@ def load_study(path, scale, idea=None, steps=0, name=""):
         raise ValueError(f"{path}, scale {scale!r}: {error}") from None
     if idea:
         if not study.yours:
-            raise ValueError(f"{stem} has no row of yours for {idea}: use studies/track.py")
+            raise ValueError(f"{stem} has no row of yours for {idea}: use the study track")
         words = re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in idea.items()).lower())
         unique = hashlib.sha256(repr(idea).encode()).hexdigest()[:6]  # two ideas may begin alike
         study = replace(

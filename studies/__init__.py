@@ -1,0 +1,1 @@
+"""One file an experiment. results/ has what they found, machinery/ what runs them."""

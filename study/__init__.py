@@ -1,1 +1,0 @@
-"""The machinery of studies/: runs, results, pictures, reports."""
