@@ -10,7 +10,7 @@ trust_remote_code=True. The logits are the same either way.
   stock_architecture   which of the two, and why
   stock_state          our weights by transformers' names
   write_tokenizer      tiktoken's encoding, by transformers' converter
-  same_logits          the check at the end
+  same_logits          the check at the end, and that of cached tokens, check_cache
   export_run           all of it. The folder appears whole or not at all
 """
 import argparse
@@ -356,6 +356,22 @@ def same_logits(ours, theirs):
     return difference
 
 
+@torch.no_grad()
+def check_cache(theirs):
+    """Raise ValueError if a token that is generated greedily with a cache is not the likeliest
+    without one, up to rounding."""
+    c = theirs.config
+    idx = torch.randint(c.vocab_size, (2, 1), generator=torch.Generator().manual_seed(1))
+    tokens = theirs.generate(
+        input_ids=idx, do_sample=False, use_cache=True, eos_token_id=c.vocab_size,  # so never
+        max_new_tokens=min(16, c.max_position_embeddings - 1))
+    logits = theirs(tokens[:, :-1]).logits
+    short = logits.amax(-1) - logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    if not short.max() <= 1e-4 * (1 + logits.abs().max()):
+        raise ValueError("with cached keys and values the model generates other tokens than without"
+                         ": does what model.py adds know the position of a token after others?")
+
+
 @contextlib.contextmanager
 def new_folder(out):
     """A folder beside `out` to write in. It becomes `out` when all is written, and is removed on an
@@ -398,6 +414,7 @@ def export_run(run, out, max_shard_size="5GB"):
 
         theirs, name, why = transformers_model(model, ids)
         difference = same_logits(model, theirs)
+        check_cache(theirs)
         theirs.config.trained = {"tokenizer": encoding.name, "step": step}
         theirs.generation_config = transformers.GenerationConfig(**ids)
 

@@ -30,6 +30,10 @@ EVERYWHERE = "q,k,v,gate,up,head,o,down"
 MIXTURE = dict(n_layer=3, n_expert=3, n_expert_active=2, d_expert=21, d_shared_expert=27,
                n_dense_layer=1)
 
+# a fork adds a dict of its own keys for each thing that it adds to the model, such as
+# {"learned_positions": True}: test_every_entry runs over all of them
+FORK_KEYS = [{}]
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # transformers copies code of exported folders there; no home folder need exist
@@ -60,6 +64,14 @@ def randomize_scales(model, seed=1):
             for p in scale.parameters():
                 p += 0.4 * torch.randn(p.shape, generator=generator).to(p)
     return model
+
+
+def in_pieces(model, idx, first=5):
+    """The logits of idx with a cache, as sampling computes them: of the first tokens at once, then
+    of one at a time."""
+    caches = [[] for _ in model.layers]
+    pieces = [idx[:, :first], *idx[:, first:].split(1, dim=1)]
+    return torch.cat([model(piece, caches=caches)[0] for piece in pieces], dim=1)
 
 
 def tiny_batch(seed=0, batch=3, length=16, vocab=61):
@@ -143,8 +155,9 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=
          "--log_interval=1", "--device=cpu"]
 MIXTURE_KEYS = ["--n_expert=4", "--n_expert_active=2", "--d_expert=24", "--d_shared_expert=16"]
 # can stop at any step and go on; the balance loss is each process's own
-CONSTANT = [*MIXTURE_KEYS, "--n_dense_layer=1", "--optimizer=muon", "--load_balance_coef=0",
-            "--schedule=wsd", "--decay_share=0", "--eval_interval=4", "--log_interval=5"]
+CONSTANT = [*MIXTURE_KEYS, "--n_layer=3", "--n_dense_layer=1", "--optimizer=muon",
+            "--load_balance_coef=0", "--schedule=wsd", "--decay_share=0", "--eval_interval=4",
+            "--log_interval=5"]
 UNIFIED_CONFIG = str(ROOT / "configs" / "unified.py")
 
 

@@ -36,6 +36,17 @@ def test_windows_overlap_by_one_and_stay_within_a_shard(tmp_path):
     assert y.tolist() == [list(range(start, start + 8)) for start in (101, 1, 17)]
 
 
+def test_windows_of_tokens_of_four_bytes(tmp_path):
+    """A vocabulary beyond 65,536 makes uint32 shards."""
+    tokens = np.arange(7, 7 + 3000 * 50, 3000).astype("<u4")
+    header = np.array([20260526, 1, len(tokens), 4, *[0] * 252], "<i4")
+    path = tmp_path / "train_0.bin"
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+    x, y = Split([path], block_size=8)[[5, 2]]
+    assert x.tolist() == [tokens[40:48].tolist(), tokens[16:24].tolist()]
+    assert y.tolist() == [tokens[41:49].tolist(), tokens[17:25].tolist()]
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda path: os.truncate(path, 5000), "x.bin has changed since it was opened"),
     (lambda path: open(path, "r+b").write(bytes(9)), "x.bin has changed since it was opened"),

@@ -4,7 +4,8 @@ folding and export run one function, and that what an entry claims is true.
 """
 import pytest
 import torch
-from conftest import EVERYWHERE, MIXTURE, randomize_scales, tiny_batch, tiny_gpt
+from conftest import (
+    EVERYWHERE, FORK_KEYS, MIXTURE, in_pieces, randomize_scales, tiny_batch, tiny_gpt)
 from torch.nn import functional as F
 
 import model as model_file
@@ -14,12 +15,13 @@ from norms import (
     PLACEMENTS, REPARAMS, ScaledLinear, ScaleVector, fold_scale_vectors, named_scale_vectors)
 from sample import generate
 
+
 def check_one_function(monkeypatch, **keys):
     """The loss is the cross-entropy of the logits, whole and in chunks; every parameter gets a
     gradient; folding keeps the function, leaves no absorbable vector, and does not touch the given
     model; cached sampling equals uncached; state_dict holds all that the model is; bfloat16, which
     pads odd widths, is near."""
-    keys |= {"n_layer": 1, "n_dense_layer": 0, "d_ff": 45}
+    keys |= {"n_layer": 2, "n_dense_layer": 0, "d_ff": 45}
     model, (idx, targets) = randomize_scales(tiny_gpt(torch.float64, **keys)), tiny_batch()
     logits = model(idx)[0]
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -39,8 +41,9 @@ def check_one_function(monkeypatch, **keys):
     assert {name for name, _ in named_scale_vectors(folded)} == stays
     assert all(m.reparam == "none" for _, m in named_scale_vectors(folded))
 
-    cached, uncached = (torch.cat(list(generate(model, idx[:, :4], 3, temperature=0, use_cache=c)))
-                        for c in (True, False))
+    torch.testing.assert_close(in_pieces(model, idx), logits, rtol=0, atol=1e-12)
+    cached, uncached = (torch.cat(list(generate(model, idx[:, :9], 9, temperature=0, use_cache=c)))
+                        for c in (True, False))  # beyond block_size
     assert torch.equal(cached, uncached)
 
     again = tiny_gpt(torch.float64, seed=5, **keys)
@@ -51,6 +54,10 @@ def check_one_function(monkeypatch, **keys):
         assert (again(idx)[0] - logits).norm() < 0.03 * logits.norm()
 
 
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
 def check_claims(name):
     """What speed and folding rely on: see Placement."""
     placement, shape = PLACEMENTS[name], (4, 6)
@@ -59,7 +66,7 @@ def check_claims(name):
                   for s in (shape, (6,), (4,), (5, 6)))
     assert set(placement.vectors) <= set("vu") and set(placement.factors) <= set(placement.vectors)
     if "v" in placement.factors:
-        torch.testing.assert_close(placement.weight(W, v, u), placement.weight(W, None, u) * v)
+        close(placement.weight(W, v, u), placement.weight(W, None, u) * v)
     if placement.output is None:
         return
 
@@ -71,13 +78,12 @@ def check_claims(name):
     y = x @ placement.weight(W, v, u).T
     assert output(y.bfloat16(), u.float()).dtype == torch.bfloat16
     if "u" in placement.factors:
-        torch.testing.assert_close(output(y, u), output(y, None) * u)
+        close(output(y, u), output(y, None) * u)
     if placement.undoes_factor:
-        torch.testing.assert_close(output(7 * y, u), output(y, u))
+        close(output(7 * y, u), output(y, u))
     if placement.keeps_zeros:
         m.eps = 0.1
-        padded = output(F.pad(y, (0, 4)), u)
-        torch.testing.assert_close(padded, F.pad(output(y, u), (0, 4)))
+        close(output(F.pad(y, (0, 4)), u), F.pad(output(y, u), (0, 4)))
 
 
 @pytest.mark.parametrize("name", [name for name in REPARAMS if REPARAMS[name].beta_is_length])
@@ -85,7 +91,7 @@ def test_beta_is_length(name):
     """Where an entry claims it, another β gives γ the same direction."""
     alpha = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a, b = (REPARAMS[name].function(torch.tensor([beta]), alpha) for beta in (0.5, 1.5))
-    torch.testing.assert_close(a / a.norm(), b / b.norm())
+    close(a / a.norm(), b / b.norm())
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -97,6 +103,10 @@ def test_claims_of_an_entry(placement):
     assert (stock == "LlamaForCausalLM") == (PLACEMENTS[placement].output is None), why
 
 
+with_forks = pytest.mark.parametrize("fork", FORK_KEYS, ids=lambda keys: "-".join(keys) or "ours")
+
+
+@with_forks
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("keys", [
     {}, {"scale_heterogeneous": True, "scale_reparam": "exponential"}, MIXTURE,
@@ -105,24 +115,26 @@ def test_claims_of_an_entry(placement):
     {"scale_placement_on": EVERYWHERE, "scale_reparam": "original"},
     {"scale_placement_on": "v,up", "qk_norm": True, "post_norm": True, "tie_embeddings": True},
 ], ids=["shared", "HG", "mixture", "no vectors", "HG mixture", "everywhere", "output norms"])
-def test_one_function_of_a_placement(monkeypatch, keys, placement):
-    check_one_function(monkeypatch, scale_placement=placement, **keys)
+def test_one_function_of_a_placement(monkeypatch, keys, placement, fork):
+    check_one_function(monkeypatch, **{"scale_placement": placement, **keys, **fork})
 
 
+@with_forks
 @pytest.mark.parametrize("reparam", REPARAMS)
 @pytest.mark.parametrize("keys", [
     {}, {"scale_placement": "after", "tie_embeddings": True},
     {"scale_placement": "dual_norm", "scale_heterogeneous": True, **MIXTURE},
 ], ids=["shared", "tied", "HG mixture"])
-def test_one_function_of_a_reparam(monkeypatch, keys, reparam):
-    check_one_function(monkeypatch, scale_reparam=reparam, **keys)
+def test_one_function_of_a_reparam(monkeypatch, keys, reparam, fork):
+    check_one_function(monkeypatch, **{"scale_reparam": reparam, **keys, **fork})
 
 
 @torch.no_grad()
+@with_forks
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_compiled_is_the_same_function(placement):
+def test_compiled_is_the_same_function(placement, fork):
     """Its graphs, run by PyTorch's own kernels. Their gradients: test_graphs."""
-    keys = dict(n_layer=1, scale_heterogeneous=True, scale_placement=placement)
+    keys = dict(n_layer=1, scale_heterogeneous=True, scale_placement=placement, **fork)
     model, (idx, targets) = randomize_scales(tiny_gpt(**keys)), tiny_batch()
     loss = model(idx, targets)[1]
     torch._dynamo.reset()

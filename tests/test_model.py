@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from conftest import (COMPILER, EVERYWHERE, MIXTURE, PAPER_PLACEMENTS, TINY, UNIFIED,
-                      randomize_scales, tiny_batch, tiny_gpt)
+                      in_pieces, randomize_scales, tiny_batch, tiny_gpt)
 from torch.nn import functional as F
 
 import model as model_file
@@ -46,23 +46,25 @@ DECODERS += [
 
 @pytest.mark.parametrize("keys", DECODERS, ids=lambda keys: "-".join(map(str, keys.values())))
 def test_the_decoder_is_its_formulas(keys, monkeypatch):
-    """Its logits; and each parameter's gradient of the cross-entropy, in chunks and with targets
-    left out, plus a mixture's auxiliary losses."""
+    """Its logits, also with a cache; and each parameter's gradient of the cross-entropy, in chunks
+    and with targets left out, plus a mixture's auxiliary losses."""
     keys = {"load_balance_coef": 0.5, "router_z_coef": 0.25, **keys}
     model = randomize_scales(tiny_gpt(torch.float64, **keys))
     monkeypatch.setattr(model_file, "CHUNK_ELEMENTS", 300)
-    idx, targets = tiny_batch()
+    idx, targets = tiny_batch(batch=4)  # 64 tokens: float32 has the experts' shares exactly
     targets[1, 3:] = -1
+    close = {"rtol": 1e-10, "atol": 1e-12}
 
     logits, (balance, z) = reference.decoder(model, idx)
-    torch.testing.assert_close(model(idx)[0], logits, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(model(idx)[0], logits, **close)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
     loss = model(idx, targets)[1]
-    torch.testing.assert_close(loss, cross_entropy, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, cross_entropy, rtol=1e-12, atol=0)
     found, expected = loss + model.auxiliary_loss(), cross_entropy + 0.5 * balance + 0.25 * z
     parameters = list(model.parameters())
     gradients = (torch.autograd.grad(value, parameters) for value in (found, expected))
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(*gradients, **close)
+    torch.testing.assert_close(in_pieces(model.eval(), idx), logits, **close)
 
 
 @pytest.mark.parametrize("kind", [{}, MIXTURE], ids=["dense", "mixture"])

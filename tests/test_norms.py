@@ -76,10 +76,11 @@ def test_placement(placement):
         close(m(x, routing), torch.cat(parts))
 
 
-def test_a_length_that_a_norm_undoes_is_not_trained():
+@pytest.mark.parametrize("reparam", ["original", "exponential"])
+def test_a_length_that_a_norm_undoes_is_not_trained(reparam):
     """Under DNP the gradient of γ_b's β is zero up to ε, and Adam would move it by rounding."""
     for placement in PLACEMENTS:
-        m = ScaledLinear((4, 6), placement, reparam="original")
+        m = ScaledLinear((4, 6), placement, reparam=reparam)
         undone = PLACEMENTS[placement].undoes_factor
         assert m.scale_in is None or torch.is_tensor(m.scale_in.beta) != undone
         assert m.scale_out is None or torch.is_tensor(m.scale_out.beta)
@@ -152,6 +153,14 @@ def test_folding_maps_that_share_a_weight():
     model[1].scale_in.alpha.data += 1
     for folded, m in zip(fold_scale_vectors(model), model):
         close(folded(random(3, 6)), m(random(3, 6)))
+
+
+def test_folding_keeps_the_weights_type():
+    """Of bfloat16 weights with float32 vectors too."""
+    m = scaled_linear((4, 6), "dual").float()
+    m.weight.data = m.weight.data.bfloat16()
+    folded, = fold_scale_vectors(torch.nn.ModuleList([m]))
+    assert torch.equal(folded.weight, m.effective_weight().bfloat16())
 
 
 def test_nothing_stays_cached_after_an_error():

@@ -31,7 +31,7 @@ def test_update_norms():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_steps(model, optimizer, 1)
     moved = {name: (p - before[name]).norm().item() for name, p in model.named_parameters()}
-    assert update_norms(optimizer) == pytest.approx(moved, rel=1e-9)
+    assert update_norms(optimizer) == pytest.approx(moved, rel=1e-12)
 
     optimizer = make_optimizer(param_groups(model, weight_decay=0.0), "muon")
     train_steps(model, optimizer, 1)
@@ -110,7 +110,7 @@ def test_muon_batched_by_shape_is_torchs_slice_by_slice():
     shapes = [(8, 6), (6, 8), (8, 6), (3, 8, 6)]
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = [torch.nn.Parameter(m.clone()) for m in matrices(ours)]
-    keys = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
+    keys = dict(lr=0.1, momentum=0.9, weight_decay=3.0)
     a, b = Muon(ours, **keys), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **keys)
     for _ in range(4):
         for p in ours:
@@ -119,27 +119,9 @@ def test_muon_batched_by_shape_is_torchs_slice_by_slice():
             p.grad = grad
         a.step()
         b.step()
-    # four steps of 0.011 an entry, in bfloat16
-    torch.testing.assert_close(matrices(ours), matrices(theirs), rtol=0, atol=2e-4)
-
-
-def test_muon_is_for_the_hidden_matrices_and_adamw_for_the_rest():
-    """Appendix B has AdamW for scale vectors, embedding and output only."""
-    model = tiny_gpt(**UNIFIED)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    groups = param_groups(model, 0.1, "input_norm")
-    optimizer = make_optimizer(groups, "muon", 1e-3, betas=(0.8, 0.9), muon_momentum=0.7)
-    muon, adamw = optimizer.parts
-    assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
-    found = {g["name"]: (g["lr"], g.get("momentum", g.get("betas")), g["weight_decay"])
-             for g in optimizer.param_groups}
-    assert [group["name"] for group in muon.param_groups] == ["hidden"]
-    assert found == {g["name"]: (1e-3, 0.7 if g["name"] == "hidden" else (0.8, 0.9),
-                                 g["weight_decay"]) for g in groups}
-    train_steps(model, optimizer, 1)
-    assert all((p != before[name]).any() for name, p in model.named_parameters())
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in model.parameters())
+    # equal here bit for bit; elsewhere a bfloat16 product of several matrices may round otherwise
+    # than of one, once in four steps of 0.06 an entry
+    torch.testing.assert_close(matrices(ours), matrices(theirs), rtol=0, atol=2 ** -8 * 0.06)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -187,4 +169,5 @@ def test_schedules(keys, expected):
     config = types.SimpleNamespace(**{
         "schedule": "wsd", "learning_rate": 1.0, "min_lr": 0.2, "max_iters": 100,
         "warmup_iters": 10, "decay_share": 0.4, "decay_shape": "linear", **keys})
-    assert {step: learning_rate(step, config) for step in expected} == pytest.approx(expected)
+    assert {step: learning_rate(step, config) for step in expected} == pytest.approx(
+        expected, rel=1e-12)

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    CONSTANT, MIXTURE_KEYS, SMALL, UNIFIED_CONFIG, gpt_with_idle, losses, read_log, same_runs,
-    start, train, trained)
+    CONSTANT, SMALL, UNIFIED_CONFIG, gpt_with_idle, losses, read_log, same_runs, start, train,
+    trained)
 
 import train as program
 from lib.checkpoint import newest_checkpoint
 from lib.config import load_config, meta_model, to_dict
 from lib.data import Dataset, window_numbers
+from lib.process import Process
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
 from optim import learning_rate
-from train import EXIT_STOPPED, evaluate, training_step
+from train import EXIT_STOPPED, training_step
 
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cpu"),
                               dtype=torch.float32, sum=lambda values: values.tolist())
@@ -95,11 +96,18 @@ def test_scale_and_matrix_events(mixture):
         gamma = scales[r["name"]]().detach().double()
         assert (r["min"], r["max"]) == (gamma.min().item(), gamma.max().item())
         assert r["mean"] == pytest.approx(gamma.mean().item())
-        assert r["std"] == pytest.approx(gamma.std(unbiased=False).item(), rel=1e-4)
+        assert r["std"] == pytest.approx(gamma.std(unbiased=False).item(), rel=1e-5)
         alpha = scales[r["name"]].alpha
         assert r["alpha"] == pytest.approx(alpha.norm().item() / alpha.numel() ** 0.5)
+    moments = newest_checkpoint(out)[1]["optimizer"]
     for r in by_matrix[-len(matrices):]:
-        assert r["norm"] == pytest.approx(matrices[r["name"]].detach().norm().item(), rel=1e-5)
+        W, state = matrices[r["name"]].detach(), moments[r["name"]]
+        assert r["norm"] == pytest.approx(W.norm().item(), rel=1e-6)
+        assert (r["update"] is None) == r["name"].startswith("layers.")  # those are Muon's
+        if r["update"]:
+            m, v = state["exp_avg"] / (1 - 0.9 ** 12), state["exp_avg_sq"] / (1 - 0.95 ** 12)
+            step = learning_rate(11, config) * (m / (v.sqrt() + 1e-8)).norm() / W.norm()
+            assert r["update"] == pytest.approx(step.item(), rel=1e-6)
 
 
 def test_the_first_step_is_the_models(mixture, dataset):
@@ -107,21 +115,35 @@ def test_the_first_step_is_the_models(mixture, dataset):
     forward passes: over two micro-batches, and over the validation windows."""
     out, config = mixture
     events = read_log(out, "router")
-    assert [(r["step"], r["layer"]) for r in events] == [(0, 1), (5, 1), (10, 1), (11, 1)]
+    steps = [(step, layer) for step in (0, 5, 10, 11) for layer in (1, 2)]
+    assert [(r["step"], r["layer"]) for r in events] == steps
     torch.manual_seed(config.seed)
     model, opened, loss, stats = GPT(config.model), Dataset(dataset, 32), 0, 0
     for half in range(2):
         windows = window_numbers(4 * half, 4, len(opened.train), config.seed)
         loss += model(*map(torch.tensor, opened.train[windows]))[1].item() / 2
-        stats = stats + model.router_stats[0] / 2
-    first = events[0]
-    found = [first["balance_loss"], first["z_loss"], *first["load"]]
-    assert found == pytest.approx(stats.tolist(), rel=1e-5)
-    assert first["load_max"] == max(first["load"]) and first["load_min"] == min(first["load"])
+        stats = stats + model.router_stats / 2
+    for event, expected in zip(events, stats.tolist()):
+        found = [event["balance_loss"], event["z_loss"], *event["load"]]
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert event["load_max"] == max(event["load"]) and event["load_min"] == min(event["load"])
     assert losses(out)[0] == pytest.approx(loss, abs=1e-6)
     x, y = map(torch.tensor, opened.val[[i * len(opened.val) // 16 for i in range(16)]])
-    val_loss = read_log(out, "eval")[0]["val_loss"]
-    assert val_loss == pytest.approx(model.eval()(x, y)[1].item(), abs=1e-5)
+    first = read_log(out, "eval")[0]
+    assert first["val_loss"] == pytest.approx(model.eval()(x, y)[1].item(), abs=1e-6)
+    scale = model(x[:1])[0][0].std(-1).mean().item()  # over the vocabulary, at each position
+    assert first["logit_scale"] == pytest.approx(scale, rel=1e-6)
+
+
+def test_the_share_of_the_devices_peak(dataset, tmp_path, monkeypatch):
+    """Of a device of 1e12 FLOP/s, as 6 for each weight that a token meets and attention's need."""
+    monkeypatch.setattr(Process, "peak_flops", lambda process: 1e12)
+    trained(*start(tmp_path, dataset, "--max_iters=3"))
+    flops = 6 * (2 * (4 * 32 * 32 + 3 * 32 * 48) + 257 * 32) + 12 * 2 * 32 * 32
+    first, *others = read_log(tmp_path, "train")
+    assert first["mfu"] is None
+    for r in others:
+        assert r["mfu"] == pytest.approx(r["tokens_per_s"] * flops / 1e12)
 
 
 def test_a_first_run(tmp_path, monkeypatch):
@@ -145,39 +167,7 @@ def test_a_first_run(tmp_path, monkeypatch):
     assert "`pip install matplotlib && python -m studies report out`" in printed
 
 
-# ---- the step and the validation loss ------------------------------------------------------------
-
-@pytest.mark.parametrize("kind", [[], MIXTURE_KEYS], ids=["dense", "mixture"])
-def test_the_step_is_that_of_the_whole_batch(dataset, tmp_path, kind):
-    """In float64, three micro-batches with clipping, against autograd over all their sequences at
-    once and SGD by hand. A mixture's auxiliary losses add to the gradient, micro-batch by
-    micro-batch, and not to the loss that is returned."""
-    config = load_config([UNIFIED_CONFIG, *start(
-        tmp_path, dataset, *kind, "--gradient_accumulation_steps=3", "--load_balance_coef=1")])
-    split = Dataset(dataset, 32).train
-    torch.manual_seed(0)
-    ours, theirs = GPT(config.model).double(), GPT(config.model).double()
-    theirs.load_state_dict(ours.state_dict())
-    sgd = torch.optim.SGD([{"params": ours.parameters(), "lr_scale": 1.0}], lr=1.0)
-    batches = batches_of(dataset, config, sequences=24)
-    loss, norm, stop, routers = training_step(ours, ours, sgd, batches, 0.1, 0.05, ONE_PROCESS,
-                                              stop=False)
-
-    parts = [split[window_numbers(24 + 4 * i, 4, len(split), config.seed)] for i in range(3)]
-    cross_entropy = theirs(*(torch.tensor(np.concatenate(a)) for a in zip(*parts)))[1]
-    objective = cross_entropy
-    for part in parts if kind else []:
-        theirs(*map(torch.tensor, part))
-        objective = objective + theirs.auxiliary_loss() / 3
-    objective.backward()
-    expected = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()])
-    assert loss == pytest.approx(cross_entropy.item(), rel=1e-12) and not stop
-    assert norm == pytest.approx(expected.item(), rel=1e-9)
-    assert len(routers) == (2 * (2 + 4) if kind else 0)
-    for a, b in zip(ours.parameters(), theirs.parameters()):
-        assert torch.allclose(a, b - 0.1 * b.grad * (0.05 / expected), atol=1e-8)
-    assert batches.sequences == 24 + 4 * 4  # one micro-batch ahead
-
+# ---- what is not finite --------------------------------------------------------------------------
 
 def test_no_update_from_a_gradient_that_is_not_finite(dataset, tmp_path):
     """Half an update is not saved: the optimizer fails at the last weight, of a small moment."""
@@ -199,30 +189,15 @@ def test_no_update_from_a_gradient_that_is_not_finite(dataset, tmp_path):
         training_step(*step)
     assert not program.save(run)
 
-
-@pytest.mark.parametrize("eval_windows", [16, 8000])
-def test_validation_reads_the_same_windows_whatever_the_batch(dataset, tmp_path, eval_windows):
-    """Against one pass over all windows. The micro-batch stays whole: 5 does not divide them."""
-    found, split = [], Dataset(dataset, 32).val
-    for batch in (5, 8):
-        config = load_config(start(tmp_path, dataset, f"--batch_size={batch}", *MIXTURE_KEYS,
-                                   f"--eval_windows={eval_windows}", "--load_balance_coef=100"))
-        torch.manual_seed(0)
-        model, seen = GPT(config.model), set()
-        handle = model.register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.add((*args[0].shape, module.training)))
-        found.append(evaluate(model, split, config, ONE_PROCESS))
-        handle.remove()
-        assert model.training and seen == {(batch, 32, False)}
-    count = min(len(split), eval_windows)
-    assert (count < eval_windows) == (eval_windows == 8000)
-    x, y = map(torch.tensor, split[[i * len(split) // count for i in range(count)]])
-    assert found == pytest.approx([model.eval()(x, y)[1].item()] * 2, rel=1e-5)
+    optimizer.is_updating = False
+    optimizer.state[last]["exp_avg"] = torch.full_like(last, float("inf"))
+    with pytest.raises(FloatingPointError, match="after 1 steps were not finite"):
+        program.save(run)
 
 
 # ---- one process and two -------------------------------------------------------------------------
 
-def same_losses(a, b, tolerance=1e-5):
+def same_losses(a, b, tolerance=2e-6):
     assert losses(a) == pytest.approx(losses(b), abs=tolerance)
     found, expected = ([r["val_loss"] for r in read_log(out, "eval")] for out in (a, b))
     assert found == pytest.approx(expected, abs=tolerance)
@@ -240,7 +215,7 @@ def test_one_process_equals_two_however_the_batch_is_cut(undisturbed, two):
 
 def test_a_mixture_on_two_processes(mixture, two):
     """It equals one process, and resumes bit for bit."""
-    same_losses(two[0] / "mixture", mixture[0], tolerance=1e-4)  # bfloat16 magnifies rounding
+    same_losses(two[0] / "mixture", mixture[0], tolerance=1e-5)  # bfloat16 magnifies rounding
     a, b = (read_log(out, "router")[0]["load"] for out in (two[0] / "mixture", mixture[0]))
     assert a == pytest.approx(b, abs=1e-6)
     same_runs(two[0] / "half", two[0] / "mixture")
@@ -253,7 +228,7 @@ def test_a_parameter_without_a_gradient_is_named(two, dataset, tmp_path, monkeyp
     for printed in (two[1][0]["idle"][1], trained(*args, "--max_iters=3"), trained(*args)):
         assert printed.count("layers.0.idle gets no gradient") == 1
         assert printed.count("gets no gradient") == 1
-    assert losses(two[0] / "idle") == pytest.approx(losses(tmp_path)[:3], abs=1e-3)
+    assert losses(two[0] / "idle") == pytest.approx(losses(tmp_path)[:3], abs=2e-6)
     state = newest_checkpoint(tmp_path)[1]
     assert state["model"].keys() - state["optimizer"].keys() == {"layers.0.idle"}
 

@@ -40,9 +40,9 @@ FAMILIES = {
     "DP, ER, HG": ("Llama", dict(**DP, **HG, scale_reparam="exponential", n_kv_head=4,
                                  rope_theta=500.0)),
     "zero-centered, tied": ("Llama", dict(scale_reparam="zero_centered", tie_embeddings=True)),
-    "qk_norm": ("Qwen3", dict(**HG, qk_norm=True, scale_reparam="original")),
+    "qk_norm": ("Qwen3", dict(**HG, qk_norm=True, scale_reparam="original", norm_eps=1e-3)),
     "DNP on q, k without vectors": ("Qwen3", dict(**ON_QK, scale_vectors=False)),
-    "mixture, DP, HG": ("Mixtral", dict(**MOE, **DP, **HG)),
+    "mixture, DP, HG": ("Mixtral", dict(**MOE, **DP, **HG, load_balance_coef=0.3)),
     "unified, tied": (None, dict(**UNIFIED, tie_embeddings=True)),
     "LlamaMoE, unified": (None, dict(**MOE, **UNIFIED, d_shared_expert=16, n_dense_layer=1)),
 }
@@ -98,7 +98,8 @@ def test_family(family, tmp_path):
     assert len(list(out.glob("*.safetensors"))) > 1
     theirs = load(out)
     assert type(theirs).__name__ == f"{name or 'ScaleVectors'}ForCausalLM"
-    assert theirs.dtype == torch.float32
+    assert theirs.dtype == torch.float32 and theirs.config.max_position_embeddings == 16
+    assert getattr(theirs.config, "router_aux_loss_coef", 0.3) == 0.3
     assert same_logits(model, theirs) < 1e-5
 
     idx = some_ids(6)
@@ -113,6 +114,32 @@ def test_family(family, tmp_path):
 def test_why_no_stock_class_will_do(reason):
     name, why = export.stock_architecture(randomize_scales(tiny_gpt(**NOT_STOCK[reason])))
     assert name is None and reason in why
+
+
+def test_qwen3_has_one_gamma_for_all_heads(tmp_path):
+    """DNP's γ_a of q and k as well: both must repeat one vector over their heads."""
+    model = tiny_gpt(**ON_QK)
+    vectors = [m.scale_out.alpha.data for layer in model.layers
+               for m in (layer.attn.q, layer.attn.k)]
+    for alpha in vectors:
+        alpha.copy_(torch.linspace(0.5, 2, 8).repeat(len(alpha) // 8))
+    theirs, name, _ = export.transformers_model(model, {})
+    assert name == "Qwen3ForCausalLM" and same_logits(model, theirs) < 1e-5
+    for alpha in vectors:
+        alpha[-1] += 0.5
+        name, why = export.stock_architecture(model)
+        assert name is None and "differs from head to head" in why
+        alpha[-1] -= 0.5
+
+
+def test_cached_tokens_are_checked():
+    """A fork whose learned positions start anew after a cache is refused."""
+    theirs = export.own_model(tiny_gpt(), {}).eval()
+    export.check_cache(theirs)
+    positions = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    theirs.gpt.embedding.register_forward_hook(lambda m, x, y: y + positions[:y.size(1)])
+    with pytest.raises(ValueError, match="with cached keys and values .* generates other tokens"):
+        export.check_cache(theirs)
 
 
 # ---- our own code within transformers ------------------------------------------------------------

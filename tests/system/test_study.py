@@ -99,6 +99,10 @@ def test_pooled_is_welchs_interval():
     quantile = evidence.t_975(math.floor(expected.df))
     assert high - mean == pytest.approx(quantile * mean / expected.statistic)
     assert pooled([1, 1], [a, [1.0]])["low"] is None
+    for n in range(2, 31):  # of one sample the degrees of freedom are whole
+        x = [math.sin(7 * n + i) for i in range(n)]
+        half = evidence.t_975(n - 1) * statistics.stdev(x) / math.sqrt(n)
+        assert pooled([1], [x])["high"] - statistics.mean(x) == pytest.approx(half)
 
     n = seeds_needed(paired(dict(enumerate(a)), dict.fromkeys(range(4), 0.0)), 0.3)
     assert evidence.t_975(n - 1) * statistics.stdev(a) / math.sqrt(n) <= 0.3
