@@ -432,7 +432,7 @@ CASES = {
     "learning_rate": trains(3e-3, 3e-2),
     "weight_decay": trains(0.0, 0.9),
     "scale_weight_decay": trains("none", "input_norm", "output_norm", "absorbable", **DNP,
-                                 **MUON),
+                                 **MUON, tie_embeddings=True),
     "scale_lr": trains(0.2, 3.0),
     "decay_embeddings": trains(False, weight_decay=1.0),
     "beta1": trains(0.3, 0.8),

@@ -40,7 +40,8 @@ DECODERS += [
     {"scale_placement": "dual_norm", "scale_placement_on": "k,up,o,down", **MIXTURE, **LARGE},
     {"scale_placement": "after", "scale_reparam": "original", "tie_embeddings": True, **LARGE},
     {"scale_placement": "dual", "scale_reparam": "exponential", **HG, **MIXTURE, **LARGE},
-    {"scale_reparam": "zero_centered", "qk_norm": True, "post_norm": True, "n_kv_head": 1, **LARGE},
+    {"scale_reparam": "zero_centered", "qk_norm": True, "post_norm": True, "n_kv_head": 1,
+     "rope_theta": 30.0, **LARGE},
     {"scale_vectors": False, "qk_norm": True, **MIXTURE, **LARGE}]
 
 
