@@ -64,7 +64,8 @@ comparisons = {
     **{(BUT_THE_HEAD, row): {} for row in rows if " more steps" in row or " parameters" in row},
     ("Q/K-norm and unified on v and gate and up", MODERN): {},
 }
-panels = [list(DECIDING)]
+primary = [("unified", MODERN), (BUT_THE_HEAD, MODERN)]
+every_window, picture = True, "forest"
 SEEDS = tuple(range(11, 21))
 SCALE = {"seeds": SEEDS, "tuning_seeds": (1, 2), "tuned": DECIDING}
 # tuned where `cpu` is: the keys of configs/study_cpu.py

@@ -6,9 +6,12 @@ A study is a plain file of these names:
   rows              {label: keys of train.py}; the first row's best learning rate is everyone's
   comparisons       {(label, the other label): {the paper's model: its difference in nats}}
   panels            [[labels] ...] of the picture; without it, one panel with all
-  picture           "relative loss" (without it), "learning rates", "scaling" or "matrix norms"
+  picture           "relative loss" (without it), "forest", "learning rates", "scaling" or
+                    "matrix norms"
   matrices          (start of a name, branches): the matrices whose norms the results keep
   yours, rule       studies/track.py: the rows yours is compared with; when it counts as better
+  paper_losses      {the paper's model: its baseline's loss}, for the size of a difference
+  primary           comparisons named before any run; every_window: the loss on all windows counts
   costs             {where: time of a step over the baseline's}, for a compute multiplier net of it
   scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,
                      "tuning_seeds": how many of the seeds tune (1), or seeds that only tune,
@@ -31,7 +34,7 @@ NO_DECAY = {"scale_weight_decay": "none"}
 UNIFIED = {**HG, **DNP, **OR, **IWD}
 
 # ------------------------------------------------------------------------- scales
-SEEDS, FIVE_SEEDS, TEN_SEEDS = (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+SEEDS, TEN_SEEDS = (1, 2, 3), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 CPU_RATES = (2e-3, 4e-3, 8e-3)
 CPU_MODEL = {"config": "configs/study_cpu.py", "keys": {}, "learning_rates": CPU_RATES}
 CPU = {"seeds": SEEDS, "models": {"0.23M": CPU_MODEL}}
@@ -64,6 +67,10 @@ GPU = {"seeds": (1,), "models": {"0.12B": GPU_MODEL}}
 PAPER_RATES = (6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3)
 PAPER = {"seeds": (1,), "models": {"0.12B": {
     "config": "configs/baseline_120m.py", "keys": {}, "learning_rates": PAPER_RATES}}}
+
+# the losses that the paper's differences are relative to, read off its figures 6 and 7
+PAPER_LOSSES = {"0.12B": 3.0709, "0.25B": 2.7646, "0.5B": 2.5672, "0.75B": 2.4484, "1B": 2.3688}
+PAPER_MOE_LOSSES = {"0.25B": 2.9280, "0.5B": 2.7552, "0.8B": 2.6052, "1B": 2.5189, "2B": 2.3896}
 
 # time of a step of unified over the baseline's
 COSTS = {"a compiled step at 0.92M on a CPU, results/bench_cpu.json": 1.195,

@@ -1,9 +1,10 @@
 """The paper's figure 10: is the gain more than the parameters it costs? A baseline with as many
 parameters, in its SwiGLU."""
-from studies.common import CPU_MODEL, GPU, PAPER, TEN_SEEDS, UNIFIED
+from studies.common import CPU_MODEL, GPU, PAPER, PAPER_LOSSES, TEN_SEEDS, UNIFIED
 
 title = "Figure 10, parameters"
 question = "is the gain of the unified strategy more than its parameters' worth?"
+paper_losses = PAPER_LOSSES
 rows = {"baseline": {}, "unified": UNIFIED, "larger baseline": {}}
 comparisons = {("unified", "baseline"): {"0.12B": -0.033}, ("larger baseline", "baseline"): {},
                ("unified", "larger baseline"): {}}

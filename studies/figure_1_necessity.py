@@ -1,11 +1,22 @@
 """The paper's figure 1: Llama-0.12B with and without scale vectors, and without them for longer,
 until the losses meet."""
-from studies.common import CPU_MODEL, GPU, LONG, NO_DECAY, NONE, PAPER, SEEDS, TEN_SEEDS
+from studies.common import (
+    CPU_MODEL,
+    GPU,
+    LONG,
+    NO_DECAY,
+    NONE,
+    PAPER,
+    PAPER_LOSSES,
+    SEEDS,
+    TEN_SEEDS,
+)
 
 SHORT = ("baseline", "no scale vectors", "baseline without decay on γ")
 
 title = "Figure 1, are scale vectors necessary?"
 question = "how much worse is a model whose normalizations have no scale vector?"
+paper_losses = PAPER_LOSSES
 rows = {"baseline": {}, "no scale vectors": NONE, "baseline without decay on γ": NO_DECAY,
         "no scale vectors for 1.4 x the steps": NONE,
         "no scale vectors for 1.2 x the steps": NONE}

@@ -1,9 +1,24 @@
 """The paper's figure 5: from the baseline to the unified strategy, one step at a time. Its four
 panels: HG, then a placement, then a reparameterization, then decay by role."""
-from studies.common import AP, CPU, DNP, DP, ER, GPU, HG, IWD, NO_DECAY, OR, PAPER, TEN_SEEDS
+from studies.common import (
+    AP,
+    CPU,
+    DNP,
+    DP,
+    ER,
+    GPU,
+    HG,
+    IWD,
+    NO_DECAY,
+    OR,
+    PAPER,
+    PAPER_LOSSES,
+    TEN_SEEDS,
+)
 
 title = "Figure 5, step by step"
 question = "what does each part of the unified strategy add?"
+paper_losses = PAPER_LOSSES
 rows = {
     "baseline": {},
     "HG": HG,
@@ -34,6 +49,10 @@ comparisons = {
     ("baseline without decay on γ", "baseline"): {}, ("unified", "baseline without decay on γ"): {},
     ("HG + DNP + OR", "HG + DNP"): {}, ("HG + DNP + ER", "HG + DNP + OR"): {},
     ("HG + DNP + ER + IWD", "HG + DNP + ER"): {}, ("HG + DNP + ER + IWD", "unified"): {},
+    # each part against the stronger baseline, too
+    **{(row, "baseline without decay on γ"): {} for row in (
+        "HG", "HG + DP + OR", "HG + DP + ER", "HG + DNP", "HG + DNP + OR", "HG + DNP + ER",
+        "HG + DNP + ER + IWD")},
 }
 # the paper draws unified in the last panel only
 panels = [["baseline", "HG", "unified"], ["HG", "HG + AP", "HG + DP", "HG + DNP"],

@@ -1,9 +1,10 @@
 """The paper's figure 6: terminal losses of baseline and unified over dense sizes, and how much more
 compute the baseline needs."""
-from studies.common import COSTS, CPU_MODEL, LONG, NO_DECAY, SEEDS, UNIFIED, shape
+from studies.common import COSTS, CPU_MODEL, LONG, NO_DECAY, PAPER_LOSSES, SEEDS, UNIFIED, shape
 
 title = "Figure 6, dense models over sizes"
 question = "does the gain of the unified strategy last as models grow?"
+paper_losses = PAPER_LOSSES
 rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY}  # ours
 comparisons = {
     ("unified", "baseline"): {"0.12B": -0.0331, "0.25B": -0.0244, "0.5B": -0.0416,

@@ -1,8 +1,9 @@
 """The paper's figure 7: terminal losses of baseline and unified over mixtures of experts."""
-from studies.common import CPU_MODEL, SEEDS, UNIFIED
+from studies.common import CPU_MODEL, PAPER_MOE_LOSSES, SEEDS, UNIFIED
 
 title = "Figure 7, mixtures of experts over sizes"
 question = "does the gain of the unified strategy hold in mixtures of experts?"
+paper_losses = PAPER_MOE_LOSSES
 rows = {"baseline": {}, "unified": UNIFIED}
 comparisons = {("unified", "baseline"): {"0.25B": -0.0306, "0.5B": -0.0209, "0.8B": -0.0499,
                                          "1B": -0.0236, "2B": -0.0207}}

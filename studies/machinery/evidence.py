@@ -3,7 +3,8 @@ From losses to what they show: differences paired by seed, their intervals, best
 
   paired           mean and 95% t-interval of the differences between two rows
   pooled           the same of a weighted sum over sizes
-  seeds_needed     how many seeds would make an interval that narrow
+  p_value, holm    of the t-test that belongs to such an interval; of several tests together
+  bootstrap        an interval over seeds and validation documents
   best_rate        the learning rate of least mean loss on the tuning seeds
   own_rate         for a row of its own: the better, over all seeds, of that and the tuned rate
   summarize        every row against the row it is compared with, by two protocols
@@ -33,16 +34,18 @@ def shared_differences(losses, others):
 
 
 def paired(losses, others):
-    """{"difference", "low", "high", "seeds"} of losses[s] - others[s] over the seeds s of both:
-    mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; no interval for one seed. If
-    runs diverged, all three are None, and "diverged" counts the seeds. None without a seed."""
+    """{"difference", "low", "high", "seeds", "of"} of losses[s] - others[s] over the seeds s of
+    both: mean ± t(0.975; n - 1) s / √n, s the sample standard deviation; no interval for one seed.
+    "of": the mean of others[s], for a relative difference. If runs diverged, all are None but the
+    seeds, and "diverged" counts them. None without a seed."""
     differences = shared_differences(losses, others)
     if not differences:
         return None
     if diverged := sum(not math.isfinite(d) for d in differences):
         return {"difference": None, "low": None, "high": None, "seeds": len(differences),
                 "diverged": diverged}
-    return {**pooled([1], [differences]), "seeds": len(differences)}
+    mean = statistics.mean(others[s] for s in losses.keys() & others.keys())
+    return {**pooled([1], [differences]), "seeds": len(differences), "of": mean}
 
 
 def pooled(weights, groups):
@@ -63,15 +66,53 @@ def half_width(found):
     return (found["high"] - found["low"]) / 2 if found and found["low"] is not None else None
 
 
-def seeds_needed(found, difference=0.005):
-    """How many seeds make the interval ± `difference`, if the spread stays what it is."""
-    if not (half := half_width(found)):
+def p_value(found):
+    """Two-sided, of the t-test whose 95% interval `paired` gives; None without an interval. For ν
+    degrees of freedom P(|T| < t) is a finite sum in θ = atan(t / √ν) (Abramowitz and Stegun 26.7.3
+    and 26.7.4)."""
+    half = half_width(found)
+    if not half:
         return None
-    deviation = half * math.sqrt(found["seeds"]) / t_975(found["seeds"] - 1)
-    n = 2
-    while t_975(n - 1) * deviation / math.sqrt(n) > difference:
-        n += 1
-    return n
+    freedom = found["seeds"] - 1
+    theta = math.atan(abs(found["difference"]) / half * t_975(freedom) / math.sqrt(freedom))
+    is_odd = freedom % 2
+    term = math.cos(theta) if is_odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + is_odd, freedom - 1, 2):
+        term *= (k - 1) / k * math.cos(theta) ** 2
+        total += term
+    if is_odd:
+        return 1 - (theta + math.sin(theta) * total) * 2 / math.pi
+    return 1 - math.sin(theta) * total
+
+
+def holm(p_values):
+    """Each p-value adjusted for all of them: with k of n at most as small, n - k + 1 times the
+    value, and no less than the adjusted values below it."""
+    order, adjusted, least = sorted(range(len(p_values)), key=p_values.__getitem__), {}, 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = least
+    return [adjusted[i] for i in range(len(p_values))]
+
+
+def bootstrap(losses, others, tokens, draws=4000):
+    """(low, high): the middle 95% of the mean difference over draws of seeds and of documents, both
+    with replacement. losses, others {seed: [nats a token of each document]}; tokens [of each
+    document]. With few seeds it is too narrow: it stands beside the t-interval, not in its place.
+    """
+    seeds, weights = sorted(losses.keys() & others.keys()), np.array(tokens, dtype=float)
+    if len(seeds) < 2:
+        return None
+    sums = np.array([np.subtract(losses[s], others[s]) for s in seeds]) * weights
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        rows = rng.integers(len(seeds), size=len(seeds))
+        documents = rng.integers(len(weights), size=len(weights))
+        means.append(sums[np.ix_(rows, documents)].sum() / (
+            len(seeds) * weights[documents].sum()))
+    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,7 +157,9 @@ def own_rate(losses, model, row, rates):
 def own_of(losses, study, model, row, rates):
     """A row's own best rate of (the tuned one, the best on the tuning seeds). Where the tuning
     seeds do not count, they decide alone."""
-    if rates[1] is None or not all(map(study.counts, study.tuning_seeds)):
+    if rates[1] is None or len(study.models[model].learning_rates) == 1:
+        return None  # one rate that was tried is nobody's best
+    if not all(map(study.counts, study.tuning_seeds)):
         return rates[1]
     return own_rate(losses, model, row, dict.fromkeys(rates))
 
@@ -155,12 +198,23 @@ def describe(found, rate):
             "seeds": len(found), "diverged": sum(not math.isfinite(x) for x in found.values())}
 
 
-def verdict(paper, found):
+def verdict(paper, found, paper_loss=None):
     """"agrees" or "differs" if the interval lies on one side of 0, the paper's or the other; else
-    "cannot tell"."""
-    if not found or found["low"] is None or not paper or found["low"] <= 0 <= found["high"]:
+    "cannot tell". "" where the paper's value is below 0.003, whose sign says nothing. With the loss
+    that the paper's value belongs to: whether the interval, as a part of our loss, leaves out the
+    paper's value as a part of the paper's."""
+    if paper is None or abs(paper) < 0.003:
+        return ""
+    if not found or found["low"] is None:
         return "cannot tell"
-    return "agrees" if (found["difference"] < 0) == (paper < 0) else "differs"
+    says = "agrees" if (found["difference"] < 0) == (paper < 0) else "differs"
+    if found["low"] <= 0 <= found["high"]:
+        says = "cannot tell"
+    if paper_loss:
+        size = paper / paper_loss * found["of"]
+        if not found["low"] <= size <= found["high"]:
+            says += ", excludes the paper's size"
+    return says
 
 
 def judge(rule, comparison):
@@ -219,7 +273,9 @@ def fit_scaling(study, losses, flops):
             models, compute, a, b = zip(*points)
             differences = [shared_differences(*pair) for pair in zip(a, b)]
             x = np.log10(compute) - np.mean(np.log10(compute))
+            fewer = compute_multiplier(compute[:-1], a[:-1], b[:-1]) if len(points) > 2 else None
             fits.append({"row": row, "other": other, "sizes": len(points), "largest": models[-1],
+                         "models": list(models), "without_largest": fewer,
                          "gain": pooled([1 / len(points)] * len(points), differences),
                          "trend": pooled((x / (x @ x)).tolist(), differences),
                          **compute_multiplier(compute, a, b)})

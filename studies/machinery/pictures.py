@@ -1,6 +1,7 @@
 """
 The pictures of a study, drawn from its results' JSON only, 1000 pixels wide: loss relative to a row
-over tokens, losses over learning rates, scaling fits, norms of matrices.
+over tokens, differences with their intervals, losses over learning rates, scaling fits, norms of
+matrices. All losses are in nats a byte. A row has one colour in all pictures.
 """
 import statistics
 
@@ -10,16 +11,31 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from lib.disk import write_whole  # noqa: E402
-from studies.machinery.evidence import half_width, paired  # noqa: E402
-from studies.machinery.tables import paper_value  # noqa: E402
+from studies.machinery.evidence import paired  # noqa: E402
+from studies.machinery.tables import OURS, signed  # noqa: E402
 
 DPI, WIDTH = 100, 10  # inches
+# the rows that several studies have; a study's other rows take what is left, in their order
+COLORS = {"baseline": "black", "baseline without decay on γ": "gray", "unified": "C0",
+          "no scale vectors": "C5", "HG": "C2", "HG + DNP": "C1", "HG + DNP + OR": "C4",
+          "unified but the head": "C9", "Q/K-norm without decay on γ": "C3",
+          "HG + DNP + IWD": "C8", "HG + DP + OR": "C6"}
+OTHERS = ("C7", "darkgreen", "gold", "navy", "salmon", "purple", "teal", "olive", "peru", "crimson",
+          "steelblue", "orchid", "darkkhaki", "sienna", "slategray")
+
+
+def color_of(results, row):
+    """The colour of a row."""
+    if row in COLORS:
+        return COLORS[row]
+    others = [label for label in results["rows"] if label not in COLORS]
+    return OTHERS[others.index(row) % len(OTHERS)]
 
 
 def draw(results, path):
     """Write the picture that the study asks for."""
     figure = {"relative loss": relative_loss, "learning rates": learning_rates, "scaling": scaling,
-              "matrix norms": matrix_norms}[results["picture"]](results)
+              "matrix norms": matrix_norms, "forest": forest}[results["picture"]](results)
     figure.suptitle(f"{results['title']}\n{setting(results)}", fontsize=11)
     write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format="png"))
     plt.close(figure)
@@ -65,95 +81,146 @@ def runs_at(results, model, row, rate, state="done"):
 
 def curves_of(results, model, row, rate):
     """{seed: {tokens: validation loss}}, without losses that were not finite."""
-    return {run["seed"]: {t: loss for t, loss in run["curve"] if loss is not None}
-            for run in runs_at(results, model, row, rate)}
+    curves = {run["seed"]: {t: loss for t, loss in run["curve"] if loss is not None}
+              for run in runs_at(results, model, row, rate)}
+    return {seed: curve for seed, curve in curves.items() if curve}
+
+
+# ---- differences with their intervals ------------------------------------------------------------
+
+def forest_panel(axis, results, comparisons):
+    """A line a comparison: the mean difference, its 95% interval, and a cross at the paper's value.
+    comparisons [(label, row, paired, paper's value or None)], the first on top."""
+    axis.axvline(0, color="black", linewidth=1)
+    labels = []
+    for place, (label, row, found, paper) in enumerate(comparisons):
+        color = color_of(results, row)
+        if found["low"] is not None:
+            axis.plot([found["low"], found["high"]], [place, place], color=color, linewidth=2)
+        axis.plot(found["difference"], place, "o", color=color, markersize=5)
+        if paper is not None:
+            axis.plot(paper, place, "x", color="black", markersize=6)
+        labels.append(f"{label}\n{signed(found['difference'])}, {found['seeds']} seeds")
+    axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.set_xlabel(f"difference, {OURS}, and its 95% over seeds", fontsize=8)
+    axis.xaxis.set_major_locator(plt.MaxNLocator(5))
+    axis.grid(alpha=0.3, axis="x")
+
+
+def compared(results, protocol="tuned", other=None):
+    """The comparisons of a study as forest_panel takes them; other: only those against it."""
+    lines = []
+    for model, at in results["results"].items():
+        prefix = f"{model}: " if len(results["results"]) > 1 else ""
+        for c in at["comparisons"]:
+            found = c.get(protocol) or c.get("tuned")
+            if found and found["difference"] is not None and other in (None, c["other"]):
+                against = "" if other else f" against {c['other']}"
+                # the paper's value in its own unit says nothing here: the same part of the loss
+                where = model if model in c["paper"] else next(iter(c["paper"]), None)
+                scale = results["paper_losses"].get(where)
+                paper = c["paper"][where] / scale * found["of"] if scale else None
+                lines.append((f"{prefix}{c['row']}{against}", c["row"], found, paper))
+    return lines
+
+
+def forest(results):
+    """Every row against the first, each at its own rate where it has one; at the right how long a
+    step takes, as far as that has been measured."""
+    first = next(iter(results["rows"]))
+    lines = compared(results, "own", first)
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.6 + 0.42 * max(4, len(lines))),
+                                layout="constrained")
+    forest_panel(axis, results, lines)
+    axis.set_title(f"against {first}", fontsize=9)
+    for place, (_, row, _, _) in enumerate(lines if results["costs"] else ()):
+        axis.text(1.02, place, results["costs"].get(row, "?"), fontsize=7, va="center",
+                  transform=axis.get_yaxis_transform())
+    if results["costs"]:
+        axis.text(1.02, -0.75, results["costs"][first], fontsize=7, va="bottom",
+                  transform=axis.get_yaxis_transform())
+    return figure
 
 
 def relative_loss(results):
     """A panel for each model and each of the study's panels: the validation loss minus that of the
-    panel's first row, paired by seed, at the tuned rate."""
+    panel's first row over tokens, paired by seed, at the tuned rate. Below, all comparisons."""
     panels = [(model, rows) for model in results["results"] for rows in results["panels"]
               if {*rows} & {*results["results"][model].get("rows", rows)}]
+    comparisons = compared(results)
     columns, lines = min(2, len(panels)), -(-len(panels) // 2)
-    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 4.2 * lines), layout="constrained",
-                                squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.12)
-    marked = [relative_panel(axis, results, model, rows)
-              for axis, (model, rows) in zip(axes.flat, panels)]
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
-    note = "bars at the end: 95% interval of the difference, paired by seed"
-    figure.supxlabel(note + ("; marks beyond the edge: the paper's" if any(marked) else ""),
-                     fontsize=8)
+    below = 0.8 + 0.36 * len(comparisons) if comparisons else 0
+    figure = plt.figure(figsize=(WIDTH, 4.2 * lines + below), layout="constrained")
+    grid = figure.add_gridspec(lines + bool(below), columns,
+                               height_ratios=[4.2] * lines + ([below] if below else []))
+    for place, (model, rows) in enumerate(panels):
+        axis = figure.add_subplot(grid[place // columns, place % columns])
+        relative_panel(axis, results, model, rows)
+    if comparisons:
+        forest_panel(figure.add_subplot(grid[lines, :]), results, comparisons)
+    if any(paper is not None for *_, paper in comparisons):
+        figure.supxlabel("×: the paper's value, as the same part of the loss", fontsize=8)
     return figure
 
 
 def relative_panel(axis, results, model, rows):
-    """Draw one panel: the mean over seeds, at the end its 95% interval, and the paper's difference
-    beyond the edge. A row that trains for longer than the first is not drawn: it cannot be compared
-    token by token. Returns whether there is a mark of the paper's."""
+    """Draw the mean over the seeds that all rows of the panel have. A row that trains for longer
+    than the first is not drawn: it cannot be compared token by token."""
     first, rate = rows[0], results["results"][model]["tuned_rate"]
-    reference, ends, marked = curves_of(results, model, first, rate), [0], False
-    axis.axhline(0, color="black", linewidth=1, label=first)
-    for place, row in enumerate(rows[1:]):
-        color = f"C{(list(results['rows']).index(row) - 1) % 10}"  # the same one in all panels
-        points = compared(curves_of(results, model, row, rate), reference)
-        if not points:
-            continue
+    curves = {row: curves_of(results, model, row, rate) for row in rows}
+    last = max((max(c) for c in curves[first].values()), default=0)
+    drawn = [row for row in rows if curves[row]
+             and all(max(c) == last for c in curves[row].values())]
+    seeds = set.intersection(*(set(curves[row]) for row in drawn)) if drawn else set()
+    axis.axhline(0, color=color_of(results, first), linewidth=1, label=first)
+    ends = [0]
+    for row in drawn:
         lost = sum(len(runs_at(results, model, r, rate, "diverged")) for r in (row, first))
-        axis.plot(*zip(*((t, p["difference"]) for t, p in points)), color=color,
-                  label=f"{row}, without {lost} diverged" if lost else row)
-        end, last = points[-1]
-        ends.append(last["difference"])
-        if last["low"] is not None and not lost:
-            axis.plot([end * (1.01 + 0.012 * place)] * 2, [last["low"], last["high"]], color=color)
-            ends += [last["low"], last["high"]]
-        for c in results["results"][model]["comparisons"]:
-            if (c["row"], c["other"]) == (row, first) and c["paper"]:
-                ends.append(paper_value(c["paper"], model))
-                axis.plot([1.0, 1.04], [ends[-1]] * 2, color=color, linewidth=3, clip_on=False,
-                          transform=axis.get_yaxis_transform())
-                marked = True
-    if marked:
-        axis.plot([], [], color="gray", linewidth=3, label="the paper's, at its size")
-    margin = 0.2 * (max(ends) - min(ends)) + 0.004  # early losses differ by far more than the last
+        sides = [{s: curves[r][s] for s in seeds} for r in (row, first)]
+        tokens = sorted(set.intersection(*(set(c) for side in sides for c in side.values()))
+                        if seeds else ())
+        means = [paired(*({s: c[t] for s, c in side.items()} for side in sides))["difference"]
+                 for t in tokens]
+        if row != first and means:
+            axis.plot(tokens, means, color=color_of(results, row),
+                      label=f"{row}, without {lost} diverged" if lost else row)
+            ends.append(means[-1])
+    # early losses differ by far more than the last ones
+    margin = 0.2 * (max(ends) - min(ends)) + 0.004
+    title = f"{model}, " if len(results["results"]) > 1 else ""
     axis.set(ylim=(min(ends) - margin, max(ends) + margin), xlabel="tokens",
-             ylabel=f"loss − loss of {first}",
-             title=model if len(results["results"]) > 1 else None)
+             ylabel=f"loss − loss of {first}, {OURS}")
+    axis.set_title(f"{title}mean of {len(seeds)} seeds", fontsize=9)
     axis.xaxis.set_major_formatter(count)
     legend(axis, 2)
-    return marked
 
 
-def compared(curves, reference):
-    """[(tokens, `paired`)] of two rows' curves where both have a loss; [] if one is longer."""
-    every = [*curves.values(), *reference.values()]
-    tokens = sorted(set.intersection(*map(set, every))) if curves and reference else []
-    if not tokens or any(max(c) != tokens[-1] for c in curves.values()):
-        return []
-    points = [(t, paired(*({s: c[t] for s, c in side.items()} for side in (curves, reference))))
-              for t in tokens]
-    return [(t, p) for t, p in points if p]
-
+# ---- rates, sizes, norms -------------------------------------------------------------------------
 
 def learning_rates(results):
-    """Terminal loss over the learning rate, a line a row, seeds as dots; the line stops before a
-    rate at which a run diverged."""
+    """Terminal loss over the learning rate, a line a row: the mean of the seeds that a row has at
+    every rate, seeds as dots; the line stops before a rate at which a run diverged."""
     figure, axes = plt.subplots(1, len(results["results"]), figsize=(WIDTH, 5),
                                 layout="constrained", squeeze=False)
     for axis, model in zip(axes.flat, results["results"]):
         grid = sorted({run["learning_rate"] for run in results["runs"]})
-        for color, row in enumerate(results["rows"]):
-            found = {rate: [run["val_loss"] for run in runs_at(results, model, row, rate)]
-                     for rate in grid}
-            whole = {rate: statistics.mean(losses) for rate, losses in found.items()
-                     if losses and not runs_at(results, model, row, rate, "diverged")}
-            axis.plot(whole.keys(), whole.values(), color=f"C{color}", label=row)
-            dots = [(rate, loss) for rate, losses in found.items() for loss in losses]
-            axis.plot(*(zip(*dots) if dots else ([], [])), "o", color=f"C{color}", markersize=3,
-                      alpha=0.6)
+        for row in results["rows"]:
+            color = color_of(results, row)
+            found = {rate: {run["seed"]: run["val_loss"]
+                            for run in runs_at(results, model, row, rate)} for rate in grid}
+            found = {rate: losses for rate, losses in found.items() if losses}
+            whole = {rate: losses for rate, losses in found.items()
+                     if not runs_at(results, model, row, rate, "diverged")}
+            seeds = set.intersection(*map(set, whole.values())) if whole else set()
+            means = {rate: statistics.mean(losses[s] for s in seeds)
+                     for rate, losses in whole.items() if seeds}
+            axis.plot(list(means), list(means.values()), color=color, label=row)
+            for rate, losses in found.items():
+                axis.plot([rate] * len(losses), list(losses.values()), "o", color=color,
+                          markersize=3, alpha=0.6)
         axis.set(xscale="log", xlabel="peak learning rate", title=model,
-                 ylabel="terminal validation loss")
+                 ylabel=f"terminal validation loss, {OURS}")
         axis.set_xticks(grid, [f"{rate:g}" for rate in grid])
         axis.minorticks_off()
         legend(axis, 3)
@@ -161,45 +228,40 @@ def learning_rates(results):
 
 
 def scaling(results):
-    """Left: terminal loss over compute, both axes logarithmic, with the fits L = a C^-b. Right: the
-    difference at each size with its 95% interval, dashed the mean over sizes."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 5), layout="constrained")
-    for color, row in enumerate(results["rows"]):
-        points = [(results["models"][model]["flops"], found["rows"][row]["tuned"]["loss"])
-                  for model, found in results["results"].items()
-                  if found["rows"].get(row, {}).get("tuned", {}).get("loss")]
-        if points:
-            axes[0].loglog(*zip(*points), "o", color=f"C{color}", label=row)
-        laws = [law for fit in results["fits"] for law, name in
-                zip(fit["laws"], (fit["other"], fit["row"])) if name == row]
-        if laws and points:
-            (a, b), compute = laws[0], [c for c, _ in points]
+    """Left: terminal loss over compute, both axes logarithmic, with the fits L = a C^-b, which end
+    where their sizes end; a size that no fit has is hollow. Right: the difference at each size."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 5), layout="constrained",
+                                width_ratios=(1, 1.3))
+    laws, fitted = {}, set()
+    for fit in results["fits"]:
+        fitted |= set(fit["models"])
+        for law, row in zip(fit["laws"], (fit["other"], fit["row"])):
+            laws.setdefault(row, (law, fit["models"]))
+    for row in results["rows"]:
+        color, label = color_of(results, row), row
+        for model, found in results["results"].items():
+            at = found["rows"].get(row, {}).get("tuned", {})
+            if at.get("loss"):
+                face = color if model in fitted else "white"
+                axes[0].loglog(results["models"][model]["flops"], at["loss"], "o", color=color,
+                               markerfacecolor=face, label=label)
+                label = None
+        if row in laws:
+            (a, b), models = laws[row]
+            compute = [results["models"][model]["flops"] for model in models]
             ends = [min(compute), max(compute)]
-            axes[0].plot(ends, [a * c ** -b for c in ends], "--", color=f"C{color}", linewidth=1,
+            axes[0].plot(ends, [a * c ** -b for c in ends], "--", color=color, linewidth=1,
                          label=f"{a:.3g} C^−{b:.4f}")
-    axes[0].set(xlabel="training compute (FLOPs)", ylabel="terminal validation loss")
+    axes[0].set(xlabel="training compute (FLOPs)", ylabel=f"terminal validation loss, {OURS}")
     axes[0].yaxis.set_major_locator(plt.MaxNLocator(8))
     axes[0].yaxis.set_major_formatter("{x:.2f}")
     axes[0].yaxis.set_minor_formatter("")
+    axes[0].xaxis.set_minor_formatter("")
     legend(axes[0], 2)
-
-    for place, fit in enumerate(results["fits"]):
-        color = f"C{list(results['rows']).index(fit['other'])}"
-        points = [(results["models"][model]["flops"] * 1.12 ** place, c["tuned"])
-                  for model, found in results["results"].items() for c in found["comparisons"]
-                  if (c["row"], c["other"]) == (fit["row"], fit["other"])]
-        points = [(compute, p) for compute, p in points if half_width(p)]
-        axes[1].errorbar([compute for compute, _ in points], [p["difference"] for _, p in points],
-                         [half_width(p) for _, p in points], fmt="o", color=color,
-                         label=f"{fit['row']} minus {fit['other']}")
-        axes[1].axhline(fit["gain"]["difference"], color=color, linestyle="--", linewidth=1)
-    axes[1].axhline(0, color="black", linewidth=1)
-    axes[1].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="difference of the loss",
-                title="bars: 95% interval, dashed: the mean over sizes")
-    axes[1].title.set_fontsize(9)
-    legend(axes[1], 1)
-    for axis in axes:
-        axis.xaxis.set_minor_formatter("")
+    pooled = [(f"mean of {fit['sizes']} sizes: {fit['row']} against {fit['other']}", fit["row"],
+               {**fit["gain"], "seeds": "all"}, None) for fit in results["fits"]]
+    forest_panel(axes[1], results, [*((label, row, found, None) for label, row, found, _ in
+                                      compared(results)), *pooled])
     return figure
 
 

@@ -22,7 +22,7 @@ from lib.config import known_key, load_config, parse_value, read_config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "studies" / "results"
-PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms")
+PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms", "forest")
 # all rows of a study share these and eval_*: a row may differ from the others in its strategy only
 SHARED_KEYS = {"dataset", "vocab_size", "block_size", "batch_size", "gradient_accumulation_steps",
                "max_iters", "tokens_per_param", "seed", "learning_rate", "min_lr", "warmup_iters",
@@ -76,6 +76,9 @@ class Study:
     yours: tuple = ()
     matrices: tuple = ()
     costs: dict = field(default_factory=dict)
+    paper_losses: dict = field(default_factory=dict)
+    primary: list = field(default_factory=list)  # comparisons that were named before any run
+    every_window: bool = False  # the loss on all windows counts (machinery/windows.py)
     steps: int = 0  # --steps: every row is shortened to so many
 
     def __post_init__(self):
@@ -101,6 +104,7 @@ class Study:
         models = [model.rows for model in self.models.values()]
         for row in itertools.chain(*self.comparisons, *self.panels, *models, self.tuned):
             require(row in rows, f"a comparison, panel or model names {row!r}, which is no row")
+        require(set(self.primary) <= set(self.comparisons), "'primary' must name comparisons")
         self.panels = self.panels or [list(rows)]
 
     def rows_of(self, model):

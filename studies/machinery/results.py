@@ -13,10 +13,10 @@ from pathlib import Path
 
 from lib.config import meta_model, tokens_per_step
 from lib.disk import write_whole
-from studies.machinery.evidence import fit_scaling, judge, summarize
+from studies.machinery.evidence import bootstrap, by_seed, fit_scaling, judge, summarize
 from studies.machinery.plan import Cell, config_of
 from studies.machinery.report import read_log
-from studies.machinery.runs import NUMBERS, code, digest
+from studies.machinery.runs import NUMBERS, digest, read_json
 from studies.machinery.tables import table
 
 
@@ -26,7 +26,8 @@ def load_results(path):
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         for run in results["runs"]:
             cell_of(run)
-            if not all(isinstance(run[key], str) for key in ("state", "settings", "code", "data")):
+            if not all(isinstance(run.get(key, ""), str)
+                       for key in ("state", "settings", "code", "data")):
                 raise TypeError
             if run["state"] == "done" and not isinstance(run["val_loss"] or 0.0, float):
                 raise TypeError
@@ -76,37 +77,50 @@ def cells_before(before, study, find):
     return cells
 
 
-def losses_of(runs):
-    """{cell: terminal validation loss, infinite if it diverged} of the runs that have ended."""
+def losses_of(study, runs):
+    """{cell: terminal validation loss, infinite if it diverged} of the runs that have ended. A
+    study with `every_window` counts the loss on all windows, where that is known."""
     losses = {}
     for cell, run in runs.items():
         if run.has_ended:
             loss = run.summary()["val_loss"] if run.state == "done" else None
+            if loss is not None and study.every_window and study.counts(cell.seed):
+                loss = windows_of(run).get("loss", loss)
             losses[cell] = math.inf if loss is None else loss
     return losses
 
 
-def record_of(cell, run, loss, matrices):
+def windows_of(run):
+    """What machinery/windows.py has found of a run; {} if nothing."""
+    return run.record.get("windows", {}) if run.is_recorded else \
+        read_json(run.folder / "windows.json")
+
+
+def record_of(cell, run, loss, study):
     """What the JSON holds of a run."""
     made_by = run.made_by()
     record = {**{key: value for key, value in cell._asdict().items() if key != "tuning" or value},
               "state": "done" if math.isfinite(loss) else "diverged",
               "settings": digest(run.settings), "data": run.data,
-              **{key: made_by[key] for key in ("device", "torch") if made_by.get(key)},
-              "code": made_by.get("code", "")}
+              **{key: made_by[key] for key in ("device", "torch") if made_by.get(key)}}
+    if cell.row == "yours":
+        record["code"] = run.made_by_code
     if run.is_recorded:
-        return {**run.record, **record}
+        return {**{key: value for key, value in run.record.items() if key != "code"}, **record}
     if record["state"] == "done":
         summary = run.summary()
         record |= {"val_loss": summary["val_loss"], **{key: summary[key] for key in NUMBERS}}
         record["seconds"] = round(summary["seconds"])
-    return record | curves(run.folder / "log.jsonl", matrices)
+        if study.every_window and windows_of(run):
+            windows = windows_of(run)
+            record["windows"] = {**windows, "losses": [round(x, 5) for x in windows["losses"]]}
+    return record | curves(run.folder / "log.jsonl", study.matrices)
 
 
 def collect(study, scale, runs, planned, command, before):
     """What the JSON of a study holds. runs {cell: Run}; planned: the cells that the study needs."""
-    losses = losses_of(runs)
-    records = [record_of(cell, runs[cell], loss, study.matrices) for cell, loss in losses.items()]
+    losses = losses_of(study, runs)
+    records = [record_of(cell, runs[cell], loss, study) for cell, loss in losses.items()]
     made_by = [run.made_by() for cell, run in runs.items() if cell in losses]
     sets = {name: sorted({*before.get(name, ()), *(m[key] for m in made_by if m.get(key))})
             for name, key in (("devices", "device"), ("torch", "torch"))}
@@ -114,14 +128,31 @@ def collect(study, scale, runs, planned, command, before):
     models = {name: {key: value for key, value in {**asdict(model), "flops": flops[name]}.items()
                      if value not in ((), {}) or key == "keys"}
               for name, model in study.models.items()}
+    found = summarize(study, losses)
+    by_documents(study, records, found)
     return {"study": study.name, "title": study.title, "question": study.question, "scale": scale,
-            "command": command, **sets, "code": sorted({r["code"] for r in records} - {""}),
-            "picture": study.picture, "panels": study.panels,
+            "command": command, **sets, "picture": study.picture, "panels": study.panels,
             "rows": study.rows, "seeds": list(study.seeds),
-            "tuning_seeds": list(study.tuning_seeds),
-            "steps": study.steps, "models": models, "rule": study.rule, "costs": study.costs,
-            "missing": len(set(planned) - losses.keys()), "results": summarize(study, losses),
+            "tuning_seeds": list(study.tuning_seeds), "steps": study.steps, "models": models,
+            "rule": study.rule, "costs": study.costs,
+            "paper_losses": study.paper_losses, "primary": study.primary,
+            "missing": len(set(planned) - losses.keys()), "results": found,
             "fits": fit_scaling(study, losses, flops), "runs": records}
+
+
+def by_documents(study, records, found):
+    """Add "documents", an interval over seeds and validation documents, to the primary comparisons
+    at the rows' own rates."""
+    for model, at in found.items():
+        windows = {cell_of(r): r["windows"] for r in records if "windows" in r}
+        for c in at["comparisons"]:
+            if (c["row"], c["other"]) in study.primary and c.get("own"):
+                sides = [{s: w["losses"] for s, w in by_seed(
+                    windows, model, row, at["rows"][row]["own"]["learning_rate"]).items()
+                    if study.counts(s)} for row in (c["row"], c["other"])]
+                if all(len(side) > 1 for side in sides):
+                    tokens = next(iter(windows.values()))["tokens"]
+                    c["own"]["documents"] = bootstrap(*sides, tokens)
 
 
 def flops_of(study, model):
@@ -154,19 +185,17 @@ def as_text(results):
     return f'{text},\n "runs": [\n{runs}\n]\n}}\n'
 
 
-def write_results(results, path):
-    """The JSON and, with matplotlib, a .png of the same name. Prints the table."""
+def write_results(results, path, missing):
+    """The JSON and, with matplotlib, a .png of the same name. Prints the table. missing: how many
+    of the runs that were asked for are not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, as_text(results))
-    print(f"\n{results['title']}: {results['question']}\n\n{table(results)}\n")
+    shown = table({**results, "missing": missing}).replace("\\*", "*")  # as a screen has it
+    print(f"\n{results['title']}: {results['question']}\n\n{shown}\n")
     for found in results["results"].values() if results["rule"] else ():
         print(f"the rule: {results['rule']['says']}")
         for c in found["comparisons"]:
             print(f"  {c['row']} against {c['other']}: {judge(results['rule'], c)}")
-    earlier = dict.fromkeys(run["row"] for run in results["runs"] if run["code"] != code())
-    if earlier:
-        print(f"made by earlier code: {', '.join(earlier)}. If a change since then matters to a "
-              "row, --redo ROW makes it anew")
     try:
         from studies.machinery.pictures import draw
         draw(results, path.with_suffix(".png"))

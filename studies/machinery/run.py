@@ -1,7 +1,8 @@
 """
-Remake a result of the paper, or try an idea: make the missing runs, then table, picture and JSON.
+Remake a result of the paper, or try an idea: make the runs, then table, picture and JSON.
 
-  python -m studies figure_5_step_by_step --jobs=2
+  python -m studies figure_5_step_by_step --jobs=2        makes every run, into out/studies
+  python -m studies figure_5_step_by_step --continue      goes on from the committed results
   python -m studies figure_5_step_by_step --print         each run as a train.py line
   python -m studies track configs/mine.py --on=unified    your idea beside the others
   python -m studies --docs                                write the tables of docs/ and README
@@ -9,14 +10,16 @@ Remake a result of the paper, or try an idea: make the missing runs, then table,
 
 First learning rates are tuned, then every row runs with every seed (machinery/plan.py says how).
 Runs are train.py's, one folder each under out/studies/<scale>, shared by all studies. A run that
-has ended, or that a JSON under results/ holds with the same settings, is not made again; one that
-was interrupted is resumed; Ctrl-C ends the runs after they have saved.
-results/<study>_<scale>.json keeps every run that it holds, and new ones are added.
+has ended, or that a JSON in the folder of results holds with the same settings, is not made again;
+one that was interrupted is resumed; Ctrl-C ends the runs after they have saved. The results,
+<study>_<scale>.json and a picture, keep every run that they hold, and new ones are added.
 """
 import argparse
+import os
 import re
 import shlex
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,79 +28,82 @@ from lib.config import BUILTIN
 from lib.disk import write_whole
 from prepare_data import prepare_builtin
 from studies.machinery import results
-from studies.machinery.evidence import best_rates, seeds_needed, summarize
+from studies.machinery.evidence import best_rates
 from studies.machinery.plan import RESULTS, ROOT, load_study, read_idea, read_study
-from studies.machinery.runs import Pool, Run, RunFolders, code, digest, folder_name
-from studies.machinery.tables import fill, interval
+from studies.machinery.runs import RunFolders, code, outcome, start, stop_all, wait
+from studies.machinery.tables import fill
+
+OUT = ROOT / "out" / "studies"
 
 
 def duration(seconds):
-    return f"{seconds:.0f}s" if seconds < 60 else f"{seconds / 60:.0f}m" if seconds < 5400 else \
-        f"{seconds / 3600:.1f}h"
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 5400 else f"{seconds / 3600:.1f}h"
 
 
 class Work:
     """One study under way: its cells, the Run of each, and the losses that they have found."""
 
     def __init__(self, study, folders, args, before):
-        self.study, self.folders, self.runs = study, folders, {}
+        self.study, self.folders = study, folders
         self.rows, self.seeds = study.select_rows(args.rows), args.seeds or study.seeds
-        self.pinned = {"yours", *args.redo}  # rows of which only runs by today's code count
         self.earlier = results.cells_before(before, study, self.find)
 
-    def find(self, cell, pinned=True):
-        """The Run of a cell; pinned: of today's code where the row asks for it."""
-        made_by = code() if cell.row in self.pinned and pinned else None
-        if (cell, made_by) not in self.runs:
-            label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
-            self.runs[cell, made_by] = self.folders.find(
-                label, self.study.models[cell.model].config, self.study.keys(cell), made_by)
-        return self.runs[cell, made_by]
+    def find(self, cell):
+        """The Run of a cell. Of a row of yours only runs by today's code count."""
+        label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
+        return self.folders.find(label, self.study.models[cell.model].config,
+                                 self.study.keys(cell), code() if cell.row == "yours" else "")
 
     def find_all(self, cells):
         return {cell: self.find(cell) for cell in cells}
 
-    def find_ended(self, cells):
-        """{cell: Run}; of a row to redo, the earlier run until there is another."""
-        return {cell: self.find(cell, self.find(cell).has_ended or cell.row == "yours")
-                for cell in cells}
-
     def with_seeds(self, rows, seeds, whole=True):
         """The cells of the second phase, by the rates that the first has found (so far)."""
         tuning = self.find_all(self.study.tuning_cells(self.study.rows))
-        best = best_rates(results.losses_of(tuning), self.study, whole)
-        return self.study.seed_cells(rows, seeds, best)
+        losses = results.losses_of(self.study, tuning)
+        return self.study.seed_cells(rows, seeds, best_rates(losses, self.study, whole))
 
-    def planned(self):
-        """The cells of the whole study, as far as its rates are known, whatever was asked for."""
-        seeds = dict.fromkeys((*self.study.seeds, *self.seeds))
-        return dict.fromkeys([*self.study.tuning_cells(self.study.rows),
-                              *self.with_seeds(self.study.rows, seeds, whole=False)])
+    def planned(self, rows, seeds):
+        """The cells of some rows and seeds, as far as their rates are known."""
+        return dict.fromkeys([*self.study.tuning_cells(rows),
+                              *self.with_seeds(rows, seeds, whole=False)])
+
+    def to_come(self):
+        """How many runs the second phase has at least that are not in the first."""
+        known = {(c.model, c.row, c.seed) for c in self.planned(self.rows, self.seeds)
+                 if not c.tuning and (c in self.study.tuning_cells(self.rows)
+                                      or self.find(c).has_ended)}
+        return sum((model, row, seed) not in known for model in self.study.models
+                   for row in self.study.rows_of(model) if row in self.rows for seed in self.seeds)
 
 
-def run_phase(name, runs, made, later, pool):
+def run_phase(name, runs, made, later, args, children):
     """Make the runs of a phase that have not ended. made: how many runs were made before; later:
     how many the next phase adds at least. Returns the lines of runs that failed."""
-    todo, failed, begun, first = [run for run in runs if not run.has_ended], [], time.time(), made
-    total = made + len(todo) + later
+    todo, failed = [run for run in runs if not run.has_ended], []
+    begun, first, total = time.monotonic(), made, made + len(todo) + later
     print(f"{name}: {len(todo)} of {len(runs)} runs to make"
           + (f", then {later} or more" if later else ""), flush=True)
-    while todo or pool.children:
-        while todo and len(pool.children) < pool.jobs:
+    while todo or children:
+        while todo and len(children) < args.jobs:
             run = todo.pop(0)
             if not run.has_ended:  # another tool at work here may have made it
                 verb = "resumes" if run.state == "interrupted" else "starts"
                 print(f"  {verb}  {run.folder.name}", flush=True)
-                pool.start(run)
-        if not pool.children:
+                slot = min(set(range(args.jobs)) - {child.slot for child in children})
+                children.append(start(run, slot, args.nproc_per_node))
+        if not children:
             break
-        run, ended, line, took = pool.wait()
+        child = wait(children)
+        ended, line = outcome(child.run, child.returncode, child.before)
+        where, took = child.run.folder, duration(time.monotonic() - child.started)
         made, result = made + 1, line if ended == "done" else f"{ended}: {line}"
         if ended in ("failed", "stopped"):
-            failed.append(f"{run.folder.name} {result} (its output: {run.folder / 'output.txt'})")
-        left = (total - made) * (time.time() - begun) / (made - first)
-        print(f"[{made}/{total}] {run.folder.name}  {result}  in {duration(took)}; "
-              f"about {duration(left)} left", flush=True)
+            failed.append(f"{where.name} {result} (its output: {where / 'output.txt'})")
+        left = duration((total - made) * (time.monotonic() - begun) / (made - first))
+        print(f"[{made}/{total}] {where.name}  {result}  in {took}; about {left} left", flush=True)
     return failed
 
 
@@ -112,63 +118,51 @@ def find_data(datasets):
         prepare_builtin(ROOT / BUILTIN)
 
 
+def announce(work, args):
+    """Say how many runs there are to make, for how long, and on how many cores."""
+    cells = work.find_all(work.planned(work.rows, work.seeds)).values()
+    todo = sum(not run.has_ended for run in cells if run) + work.to_come()
+    if recorded := sum(run.is_recorded for run in cells):
+        print(f"{recorded} runs are taken from the results in {args.results}")
+    known = results.load_results(RESULTS / f"{work.study.name}_{args.scale}.json").get("runs", ())
+    seconds = [run["seconds"] for run in known if "seconds" in run]
+    print(f"{work.study.name}, scale {args.scale}: some {todo} runs to make, {args.jobs} at a time "
+          f"on {os.cpu_count()} cores")
+    if seconds and todo and not work.study.steps:
+        each = statistics.median(seconds)
+        print(f"ours took {duration(each)} each (median; busy machines and GPUs among them), so "
+              f"about {duration(todo * each / args.jobs)}")
+    print(f"runs go to {work.folders.out}, results to {args.results}", flush=True)
+
+
 def run_missing(work, args):
     """Tune, then run every seed. Returns the lines of runs that failed; Ctrl-C, or an error here,
     stops the runs once they have saved."""
-    study, pool = work.study, Pool(args.jobs, args.nproc_per_node)
-    print(f"{study.name}, scale {args.scale}, runs in {work.folders.out}", flush=True)
-    if recorded := sum(run.is_recorded for run in work.find_all(work.planned()).values()):
-        print(f"{recorded} runs are taken from the results in {args.results}, not made here")
-    forecast(work)
+    children = []
+    announce(work, args)
     try:
-        tuning = work.find_all(study.tuning_cells(work.rows))
-        ended = [cell for cell in work.planned() if work.find(cell).has_ended]
-        known = {(c.model, c.row, c.seed) for c in [*tuning, *ended] if not c.tuning}
-        later = sum((model, row, seed) not in known for model in study.models
-                    for row in study.rows_of(model) if row in work.rows for seed in work.seeds)
-        made = sum(not run.has_ended for run in tuning.values())
-        failed = run_phase("tuning", list(tuning.values()), 0, later, pool)
-        cells = work.find_all(work.with_seeds(work.rows, work.seeds))
-        return failed + run_phase("all seeds", list(cells.values()), made, 0, pool)
+        tuning = work.find_all(work.study.tuning_cells(work.rows)).values()
+        made = sum(not run.has_ended for run in tuning)
+        failed = run_phase("tuning", list(tuning), 0, work.to_come(), args, children)
+        cells = work.find_all(work.with_seeds(work.rows, work.seeds)).values()
+        return failed + run_phase("all seeds", list(cells), made, 0, args, children)
     except BaseException:
-        print(f"stopped: {pool.stop()} runs saved; the same command resumes them", file=sys.stderr)
+        print(f"stopped: {stop_all(children)} runs saved; the same command resumes them",
+              file=sys.stderr)
         raise
 
 
-def forecast(work):
-    """Print how many seeds would make an interval ± 0.005, by the spread of the runs there are."""
-    losses = results.losses_of(work.find_all([*work.planned(), *work.earlier]))
-    for model, found in summarize(work.study, losses).items():
-        for c in found["comparisons"]:
-            if seeds := seeds_needed(c.get("tuned")):
-                print(f"  {model}, {c['row']} against {c['other']}: {interval(c['tuned'])} over "
-                      f"{c['tuned']['seeds']} seeds; ± 0.005 would take {seeds}")
-
-
 def show(work):
-    """Print the train.py line of each run that is known, then of those whose learning rate the
-    losses of the first will decide."""
-    def line(cell, run):
+    """Print the train.py line of each run whose learning rate is known."""
+    tuning = work.study.tuning_cells(work.rows)
+    cells = work.find_all([*tuning, *work.with_seeds(work.rows, work.seeds)])
+    for cell, run in cells.items():
         where = run.folder
         where = where.relative_to(ROOT) if where.is_relative_to(ROOT) else where
         command = shlex.join(["python", "train.py", *run.arguments, f"--out_dir={where}"])
         print(f"# {cell.model}, {cell.row}: {run.state}\n{command}")
-
-    study, tuning = work.study, work.study.tuning_cells(work.rows)
-    cells = [*tuning, *work.with_seeds(work.rows, work.seeds)]
-    for cell, run in work.find_all(cells).items():
-        line(cell, run)
-    for model in study.models:
-        first = study.rows_of(model)[0]
-        if not any((c.model, c.row) == (model, first) for c in cells[len(tuning):]):
-            print(f"\n# {model}: then these, with the best rate of {first} in place of BEST")
-            for cell in study.seed_cells(work.rows, work.seeds, {(model, first): "BEST"}):
-                keys = study.keys(cell)
-                name = folder_name(f"{model} {cell.row}", "BEST", cell.seed, digest(keys))
-                arguments = [study.models[model].config, *(f"--{k}={v}" for k, v in keys.items())]
-                line(cell, Run(arguments, keys, work.folders.out / name))
-    if study.protocol == "both" and not all(work.find(cell).has_ended for cell in tuning):
-        print("\n# then each row at its own best rate, unless --protocol=paper is given")
+    if not all(work.find(cell).has_ended for cell in tuning):
+        print("\n# then every row with every seed, at the learning rates that these have found")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,14 +202,14 @@ OPTIONS = {
     "jobs": ({"type": int, "default": 1}, "runs at once, shared out over the GPUs (default: 1)"),
     "nproc_per_node": ({"type": int, "default": 0}, "each run under torchrun, so many processes"),
     "rows": ({"type": labels}, "run only these rows, and those they are compared with"),
-    "redo": ({"type": labels, "default": []}, "make these rows anew where the code has changed"),
     "seeds": ({"type": whole_numbers}, "run these seeds instead of the study's"),
     "steps": ({"type": int, "default": 0}, "shorten every row to so many steps, for a first look"),
     "protocol": ({"choices": ("paper", "both")}, "paper: only at the first row's best rate"),
     "on": ({"default": ""}, "your row has the keys of this row too, such as unified"),
     "name": ({"type": file_name, "default": ""}, "results go to <study>_NAME_<scale>.json"),
+    "continue": ({"action": "store_true"}, "go on from studies/results, and write there"),
     "out": ({}, "the runs' folders (default: out/studies/<scale>)"),
-    "results": ({"default": str(RESULTS)}, "the folder of the JSONs (default: studies/results)"),
+    "results": ({}, "the folder of the JSONs (default: out/studies/results)"),
     "print": ({"action": "store_true"}, "print the train.py lines, and run nothing"),
     "evaluate": ({"action": "store_true"}, "write the results of the runs there are"),
     "docs": ({"action": "store_true"}, "write the tables of docs/*.md and README.md")}
@@ -232,6 +226,7 @@ def parse(argv):
     args, args.keys = parser.parse_known_args(argv)
     if not args.docs and not args.files:
         parser.error("name a study, such as figure_5_step_by_step")
+    args.results = args.results or str(RESULTS if vars(args)["continue"] else OUT / "results")
     for key, least in (("jobs", 1), ("nproc_per_node", 0), ("steps", 0)):
         if getattr(args, key) < least:
             parser.error(f"--{key}={getattr(args, key)} must be at least {least}")
@@ -268,10 +263,10 @@ def run_study(args):
     idea = read_idea(args.files[1:], args.keys, base)
     study = load_study(file, args.scale, idea, args.steps, args.name)
     study.protocol = args.protocol or study.protocol
-    study.select_rows([*(args.rows or []), *args.redo])  # before any work
+    study.select_rows(args.rows)  # before any work
     datasets = study.check_rows()
     path = Path(args.results) / f"{study.name}_{args.scale}.json"
-    out = Path(args.out or ROOT / "out" / "studies" / args.scale).absolute()
+    out = Path(args.out or OUT / args.scale).absolute()
 
     def look():
         """The study as it stands now, and what its JSON holds."""
@@ -287,10 +282,12 @@ def run_study(args):
         find_data(datasets)  # runs in results count for equal data only
         failed = run_missing(look()[0], args)
     work, before = look()  # again: the same study may have ended elsewhere with other seeds
-    planned = work.planned()
-    runs = work.find_ended([*planned, *work.earlier])
+    planned = work.planned(study.rows, dict.fromkeys((*study.seeds, *work.seeds)))
+    runs = work.find_all([*planned, *work.earlier])
     found = results.collect(study, args.scale, runs, planned, command_of(args), before)
-    results.write_results(found, path)
+    asked = work.planned(work.rows, work.seeds)
+    missing = sum(not work.find(cell).has_ended for cell in asked)
+    results.write_results(found, path, missing)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return not failed

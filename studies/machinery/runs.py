@@ -5,7 +5,7 @@ resumed, never destroyed.
   settings_of   what of a configuration decides what a run finds; digest is its hash
   Run           one setting of train.py, and the folder that holds it or will
   RunFolders    the folders under out/studies/<scale> and the runs that results/*.json hold
-  Pool          start runs, so many at once; collect how each ended; end them all on Ctrl-C
+  start, wait   runs side by side, and how each ended; stop_all ends them, saved
 
 A folder is recognized by what its config.json says, not by its name: rows that two studies share
 run once, and a run that someone continued to more steps is another run, which stays as it is.
@@ -52,8 +52,8 @@ def digest(settings):
 
 
 def code():
-    """A hash of the files that decide what a row is: after a change in them a run made before may
-    not be what the same keys would give now."""
+    """A hash of the files that decide what a row of yours is: after a change in them its runs are
+    made anew."""
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in CODE)).hexdigest()[:12]
 
 
@@ -96,6 +96,7 @@ class Run:
     settings: dict
     folder: Path
     record: dict = field(default_factory=dict)
+    made_by_code: str = ""  # a hash of code, of a row of yours
 
     @property
     def state(self):
@@ -160,38 +161,37 @@ class RunFolders:
         found = digest(settings_of(stored)) if stored else started
         return found if started in (None, found) else None
 
-    def find(self, label, config_file, keys, made_by=None):
+    def find(self, label, config_file, keys, made_by=""):
         """The Run of these keys on top of a config file: in the folder that holds it, or in a new
-        one. made_by: a hash of code; only a run that this code made from start to end counts."""
+        one. made_by: a hash of code, for a row of yours: only a run that this code made counts."""
         arguments = [config_file, *(f"--{k}={v}" for k, v in keys.items())]
         settings = settings_of(to_dict(config_of(config_file, keys)))
         key = digest(settings)
-        if (key, made_by) not in self.given:
-            def rank(folder):
-                return (folder / "summary.json").is_file(), self.stamp(folder) == code()
+        if key not in self.given:
             data = data_of(settings.get("dataset", DEFAULTS["dataset"]))
             fit = [f for f in self.folders.get(key, []) if self.fits(f, made_by, data)]
-            folder = max(fit, key=rank) if fit else self.free(label, keys, key, made_by, data)
-            self.given[key, made_by] = run = Run(arguments, settings, folder)
-            records = [r for r in self.records.get(key, []) if made_by in (None, r["code"])
-                       and data in ("", r["data"])]
-            run.record = max(records, key=lambda r: r["code"] == code(), default={})
-        return self.given[key, made_by]
+            fit.sort(key=lambda folder: (folder / "summary.json").is_file())
+            folder = fit[-1] if fit else self.free(label, keys, key, made_by, data)
+            run = Run(arguments, settings, folder, made_by_code=made_by)
+            records = [r for r in self.records.get(key, [])
+                       if data in ("", r["data"]) and made_by in ("", r.get("code"))]
+            run.record = records[0] if records else {}
+            self.given[key] = run
+        return self.given[key]
 
     @staticmethod
-    def stamp(folder, what="code"):
-        return read_json(folder / "made_by.json").get(what)
-
-    def fits(self, folder, made_by, data):
-        """Was a folder's run made by this code, or any for None, and on this data, if known?"""
-        return made_by in (None, self.stamp(folder)) and (
-            not data or self.stamp(folder, "data") in (None, "", data))
+    def fits(folder, made_by, data):
+        """Was a folder's run made by this code, or any for "", and on this data, if known?"""
+        stamp = read_json(folder / "made_by.json")
+        same_code = made_by in ("", stamp.get("code"))
+        return same_code and (not data or stamp.get("data") in (None, "", data))
 
     def free(self, label, keys, key, made_by, data):
         """A folder that nothing else has, named after label, rate, seed and settings. Another tool
         at work here may have made it since we looked: a run of the same settings shares it."""
         rate, seed = (keys.get(k, "") for k in ("learning_rate", "seed"))
-        name = folder_name(label, rate, seed, key) + (f"-{made_by[:6]}" if made_by else "")
+        slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+        name = f"{slug}-lr{rate}-seed{seed}-{key[:6]}" + (f"-{made_by[:6]}" if made_by else "")
         taken = {run.folder for run in self.given.values()}
         for number in itertools.count(1):
             folder = self.out / (f"{name}-{number}" if number > 1 else name)
@@ -200,85 +200,72 @@ class RunFolders:
                 return folder
 
 
-def folder_name(label, rate, seed, key):
-    slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-    return f"{slug}-lr{rate}-seed{seed}-{key[:6]}"
+def start(run, slot, nproc_per_node=0):
+    """Start or resume a run in a process of its own, with low priority, on a GPU of its own if
+    there is one. nproc_per_node: under torchrun, so many processes. Returns the child, which knows
+    its run, its slot, when it started, and the size of its output then."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    stamp_run(run)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    command = ["nice", "-n", "10"] if shutil.which("nice") else []
+    command.append(sys.executable)
+    if nproc_per_node:
+        command += ["-m", "torch.distributed.run", "--standalone",
+                    f"--nproc_per_node={nproc_per_node}"]
+    elif torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        environment["CUDA_VISIBLE_DEVICES"] = gpu_for(slot, torch.cuda.device_count(), visible)
+    command += ["train.py", *run.arguments, f"--out_dir={run.folder}", "--resume"]
+    with open(run.folder / "output.txt", "ab") as output:
+        before = output.tell()
+        # a session of its own: Ctrl-C reaches us, and we end it
+        child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output,
+                                 start_new_session=True, env=environment)
+    child.run, child.slot, child.started, child.before = run, slot, time.monotonic(), before
+    return child
 
 
-class Pool:
-    """At most `jobs` children at once. nproc_per_node: each under torchrun, so many processes."""
+def wait(children):
+    """The first of these children to end, taken out of the list."""
+    while True:
+        for child in children:
+            if child.poll() is not None:
+                children.remove(child)
+                return child
+        time.sleep(0.1)
 
-    def __init__(self, jobs, nproc_per_node=0):
-        # child -> (run, slot, when it started, the size of its output then)
-        self.jobs, self.nproc, self.children = jobs, nproc_per_node, {}
 
-    def start(self, run):
-        """Start or resume a run, with low priority, on a GPU of its own if there is one."""
-        taken = {slot for _, slot, _, _ in self.children.values()}
-        slot = min(set(range(self.jobs)) - taken)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        stamp_run(run)
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        if torch.cuda.is_available() and not self.nproc:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            gpu = gpu_for(slot, torch.cuda.device_count(), visible)
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
-        command = [*(["nice", "-n", "10"] if shutil.which("nice") else []), sys.executable,
-                   *(torchrun if self.nproc else []), "train.py", *run.arguments,
-                   f"--out_dir={run.folder}", "--resume"]
-        with open(run.folder / "output.txt", "ab") as output:
-            before = output.tell()  # a session of its own: Ctrl-C reaches us, and we end it
-            child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output,
-                                     start_new_session=True, env=environment)
-        self.children[child] = (run, slot, time.time(), before)
+def outcome(run, status, before=0):
+    """("done", "stopped", "diverged" or "failed", a line about it). before: the size of output.txt
+    when the child started; what stands before is of an earlier start."""
+    if status == 0 and run.state == "done":
+        loss = run.summary()["val_loss"]
+        return "done", "validation loss not finite" if loss is None else f"{loss:.4f}"
+    if status == STOPPED:
+        return "stopped", "stopped by a signal, and saved"
+    if status < 0:
+        return "failed", f"killed by signal {-status}"
+    output = (run.folder / "output.txt").read_bytes()[before:]
+    lines = output.decode("utf-8", errors="replace").strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")] or lines
+    line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
+    if "not finite" in line:
+        write_whole(run.folder / "diverged.txt", line + "\n")  # it is not tried again
+        return "diverged", line
+    return "failed", line
 
-    def wait(self):
-        """Wait for one child. Returns (run, how it ended, a line about it, seconds)."""
-        while True:
-            for child in self.children:
-                if child.poll() is not None:
-                    run, _, started, before = self.children.pop(child)
-                    seconds = time.time() - started
-                    return run, *self.outcome(run, child.returncode, before), seconds
-            time.sleep(0.1)
 
-    @staticmethod
-    def outcome(run, status, before=0):
-        """("done", "stopped", "diverged" or "failed", a line about it). before: the size of
-        output.txt when the child started; what stands before is of an earlier start."""
-        if status == 0 and run.state == "done":
-            loss = run.summary()["val_loss"]
-            return "done", "validation loss not finite" if loss is None else f"{loss:.4f}"
-        if status == STOPPED:
-            return "stopped", "stopped by a signal, and saved"
-        if status < 0:
-            return "failed", f"killed by signal {-status}"
-        output = (run.folder / "output.txt").read_bytes()[before:]
-        lines = output.decode("utf-8", errors="replace").strip().splitlines()
-        errors = [line for line in lines if line.startswith("error: ")] or lines
-        line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
-        if "not finite" in line:
-            write_whole(run.folder / "diverged.txt", line + "\n")  # it is not tried again
-            return "diverged", line
-        return "failed", line
-
-    def stop(self):
-        """Ask all children to save and end, and wait. Returns how many had something to save."""
-        for child in self.children:
-            child.send_signal(signal.SIGTERM)
-        saved = sum(child.wait() in (0, STOPPED) for child in self.children)
-        self.children.clear()
-        return saved
+def stop_all(children):
+    """Ask all children to save and end, and wait. Returns how many had something to save."""
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    return sum(child.wait() in (0, STOPPED) for child in children)
 
 
 def stamp_run(run):
-    """Write made_by.json: command, device, versions, data and code, of which a resumed run may have
-    several."""
-    before = read_json(run.folder / "made_by.json").get("code", "")
-    codes = dict.fromkeys([*filter(None, before.split(", ")), code()])
+    """Write made_by.json: command, device, versions, data; of a row of yours also the code."""
     made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
                "device": device_name(), "torch": torch.__version__,
-               "python": platform.python_version(), "code": ", ".join(codes), "data": run.data,
+               "python": platform.python_version(), "code": run.made_by_code, "data": run.data,
                "settings": digest(run.settings)}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

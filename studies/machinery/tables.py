@@ -1,5 +1,5 @@
 """
-A study's results as Markdown: the tables in docs/studies.md and the table of results in README.md.
+A study's results as Markdown: the tables in docs/ and the table of results in README.md.
 
   table       all rows and all differences of one study
   readme      five rows that say what holds at the smallest scale
@@ -11,9 +11,10 @@ import re
 import statistics
 from pathlib import Path
 
-from studies.machinery.evidence import half_width, paired, seeds_needed, verdict
+from studies.machinery.evidence import half_width, holm, p_value, paired, verdict
 from studies.machinery.plan import RESULTS
 
+OURS, PAPERS = "nats a byte", "nats a subword token"  # the units of ours and of the paper's losses
 UNEQUAL = ("Rows with different seeds cannot be compared by their means: the differences below are "
            "paired by seed.")
 EDGE = "\\* an end of its grid of rates, so perhaps not the best."
@@ -29,6 +30,13 @@ README_ROWS = (
     ("ours: unified, against a baseline that does not decay γ, better at this size",
      "figure_5_step_by_step_cpu", "unified", "baseline without decay on γ", "difference"))
 PAPER_MULTIPLIER = 1.22  # of figure 6, at 1B
+
+
+def markdown(header, rows):
+    """A Markdown table, without the columns in which every cell is empty."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [f"| {' | '.join(header[i] for i in kept)} |", "| --- " * len(kept) + "|",
+            *(f"| {' | '.join(row[i] for i in kept)} |" for row in rows)]
 
 
 def signed(value):
@@ -70,10 +78,18 @@ def extra_parameters(results, model, row):
     return f", {more:+.1%} parameters".replace("-", "−") if abs(more) >= 0.0005 else ""
 
 
+def relative(found):
+    """−2.2%: a difference as a part of the other row's loss"""
+    if not found or found["difference"] is None or not found.get("of"):
+        return ""
+    return f"{found['difference'] / found['of']:+.1%}".replace("-", "−")
+
+
 def table(results):
     """The losses of all rows, and the differences of those that are compared."""
-    lines = ["| model | row | at the tuned rate | seeds | at its own best rate | seeds |",
-             "| --- " * 6 + "|"]
+    lines, rows = [], []
+    if results["missing"]:
+        lines = [f"{results['missing']} runs of this study, or more, are still to be made.", ""]
     for model, found in results["results"].items():
         for row, protocols in found["rows"].items():
             cells, ends = [], grid_ends(results, model, row)
@@ -82,8 +98,9 @@ def table(results):
                 mark = " \\*" if at and at["learning_rate"] in ends else ""
                 cells += [f"{loss(at)} at {at['learning_rate']:g}{mark}", str(at["seeds"])
                           ] if at else [absent, ""]
-            label = row + extra_parameters(results, model, row)
-            lines.append(f"| {model} | {label} | {' | '.join(cells)} |")
+            rows.append([model, row + extra_parameters(results, model, row), *cells])
+    lines += markdown(["model", "row", f"{OURS}, at the tuned rate", "seeds",
+                       "at its own best rate", "seeds"], rows)
     if any("\\*" in line for line in lines):
         lines += ["", EDGE]
     for found in results["results"].values():
@@ -91,9 +108,49 @@ def table(results):
             lines += ["", UNEQUAL]
             break
     by_rate = rate_lines(results) if results["picture"] == "learning rates" else []
-    more = ["", f"{results['missing']} runs of this study, or more, are still to be made."]
-    return "\n".join([*lines, *by_rate, *comparison_lines(results), *fit_lines(results),
-                      *(more if results["missing"] else ())])
+    return "\n".join([*lines, *by_rate, *comparison_lines(results), *fit_lines(results)])
+
+
+PRIMARY = ["model", "row", "against", f"{OURS} [95%], own rates", "relative", "seeds",
+           "over seeds and files [95%]", "p", "p by Holm"]
+
+
+def primary_row(model, c, adjusted=None):
+    found = c.get("own")
+    documents = (found or {}).get("documents")
+    p = p_value(found)
+    return [model, c["row"], c["other"], interval(found) or "not run", relative(found),
+            str(found["seeds"]) if found else "",
+            f"[{signed(documents[0])}, {signed(documents[1])}]" if documents else "",
+            f"{p:.2g}" if p is not None else "", f"{adjusted:.2g}" if adjusted is not None else ""]
+
+
+def primary_table(folder, name="adopt", scales=("cpu", "long")):
+    """All primary comparisons of a study, with Holm's p-values, once each has all of its seeds."""
+    found, whole = [], True
+    for scale in scales:
+        path = Path(folder) / f"{name}_{scale}.json"
+        if not path.is_file():
+            whole = False
+            continue
+        results = read(path)
+        for model, at in results["results"].items():
+            for c in at["comparisons"]:
+                if [c["row"], c["other"]] in list(map(list, results["primary"])):
+                    seeds = (c.get("own") or {}).get("seeds", 0)
+                    whole = whole and seeds >= len(results["seeds"])
+                    found.append((f"{model}, {scale}", c))
+    if not found:
+        return "Not run yet."
+    adjusted = [None] * len(found)
+    if whole:
+        adjusted = holm([p_value(c["own"]) for _, c in found])
+    rows = [primary_row(where, c, a) for (where, c), a in zip(found, adjusted)]
+    lines = markdown(PRIMARY, rows)
+    if not whole:
+        lines = ["Runs are still to be made: until all of them are there, these are exploratory.",
+                 "", *lines]
+    return "\n".join(lines)
 
 
 def grid_ends(results, model, row):
@@ -108,26 +165,24 @@ def comparison_lines(results):
                 for c in found["comparisons"]]
     if not compared:
         return []
-    lines = ["", "| model | row | against | difference [95%], tuned rate | own best rates | the "
-             "paper's | |", "| --- " * 7 + "|"]
+    rows = []
     for model, c in compared:
         paper = ", ".join(f"{signed(value)} ({where})" for where, value in c["paper"].items())
-        says = verdict(paper_value(c["paper"], model), c.get("tuned")) if paper else ""
-        lines.append(f"| {model} | {c['row']} | {c['other']} | {interval(c.get('tuned'))} | "
-                     f"{interval(c.get('own'))} | {paper} | {says} |")
-    seen = [c["tuned"] for _, c in compared if half_width(c.get("tuned"))]
+        says = ""
+        if paper:
+            where = model if model in c["paper"] else next(iter(c["paper"]))
+            says = verdict(c["paper"][where], c.get("tuned"), results["paper_losses"].get(where))
+        rows.append([model, c["row"], c["other"], interval(c.get("tuned")),
+                     relative(c.get("tuned")), interval(c.get("own")), paper, says])
+    lines = ["", *markdown(["model", "row", "against", f"{OURS} [95%], tuned rate", "relative",
+                            "own best rates", f"the paper's, {PAPERS}", "its sign"], rows)]
+    seen = sorted(filter(None, (half_width(c.get("tuned")) for _, c in compared)))
     if seen:
-        lines += ["", "Half the width of these intervals at the tuned rate is "
-                  f"{spread(map(half_width, seen), '.4f')}. By the spread seen so far it would "
-                  f"be 0.005 with {spread(map(seeds_needed, seen), 'd', ' seeds')}."]
+        low, middle, high = (f"{seen[i]:.4f}" for i in (0, (len(seen) - 1) // 2, -1))
+        width = low if low == high else f"{low} to {high} (median {middle})"
+        lines += ["", f"Half the width of these intervals at the tuned rate is {width}: an effect "
+                  "smaller than that could not be seen."]
     return lines
-
-
-def spread(values, how, unit=""):
-    """9 to 230 seeds (median 26), or 9 seeds"""
-    values = sorted(values)
-    low, middle, high = (format(values[i], how) for i in (0, (len(values) - 1) // 2, -1))
-    return f"{low} to {high}{unit} (median {middle})" if low != high else f"{low}{unit}"
 
 
 def rate_lines(results):
@@ -150,20 +205,25 @@ def rate_lines(results):
 
 
 def fit_lines(results):
-    lines = []
+    """The scaling fits, a table: compute multipliers gross, without the largest size, and net."""
+    if not results["fits"]:
+        return []
+    header, rows = ["row", "against", "sizes", "mean gain", "for ten times the compute",
+                    "compute multiplier at the largest size", "without that size"], []
     for fit in results["fits"]:
-        (_, b1), (_, b2) = fit["laws"]
-        net = ", ".join(f"{fit['multiplier'] / cost:.2f} ({cost:.3f} times, {where})"
-                        for where, cost in costs_of(results, fit).items())
-        left_out = len(results["results"]) - fit["sizes"]
-        of = f" of {len(results['results'])}" if left_out else ""
-        lines += ["", f"{fit['row']} against {fit['other']}, {fit['sizes']}{of} sizes: the pooled "
-                  f"gain is {interval(fit['gain'])}, and for ten times the compute it changes by "
-                  f"{interval(fit['trend'])}. Fits L = a C^−b have b = {b1:.4f} for "
-                  f"{fit['other']} and {b2:.4f} for {fit['row']}; the compute multiplier at "
-                  f"{fit['largest']} is {multiplier(fit)}."
-                  + (f" Divided by the time of a step it is {net}." if net else "")]
-    return lines
+        fewer = fit.get("without_largest")
+        rows.append([fit["row"], fit["other"], f"{fit['sizes']}, to {fit['largest']}",
+                     interval(fit["gain"]), interval(fit["trend"]), multiplier(fit),
+                     multiplier(fewer) if fewer else ""])
+    lines = ["", *markdown(header, rows), ""]
+    header, rows = ["net of a step's time", *(f"{f['row']} against {f['other']}"
+                                              for f in results["fits"])], {}
+    for place, fit in enumerate(results["fits"]):
+        for where, cost in costs_of(results, fit).items():
+            cells = rows.setdefault(where, [f"{cost:.3f} times: {where}"]
+                                    + [""] * len(results["fits"]))
+            cells[place + 1] = f"{fit['multiplier'] / cost:.2f}"
+    return [*lines, *markdown(header, rows.values())] if rows else lines[:-1]
 
 
 def costs_of(results, fit):
@@ -200,15 +260,18 @@ def readme(folder):
             known = fit["low"] is not None
             says = "cannot tell" if not known or fit["low"] <= 1 <= fit["high"] else \
                 "agrees" if fit["multiplier"] > 1 else "differs"
+            fewer = fit.get("without_largest")
+            without = f"; without that size {multiplier(fewer)} x" if fewer else ""
             cells = [f"{PAPER_MULTIPLIER} x, to 1B", f"{multiplier(fit)} x, to "
-                     f"{fit['largest']}", says]
+                     f"{fit['largest']}{without}", says]
         else:
             model = next(iter(results["results"]))
             found = find(results["results"][model]["comparisons"], row, other)
             paper = paper_value(found["paper"], model)
-            cells = [signed(paper) if paper else "", f"{interval(found.get('tuned'))}, "
-                     f"{(found.get('tuned') or {}).get('seeds', 0)} seeds",
-                     verdict(paper, found.get("tuned")) if paper else ""]
+            tuned = found.get("tuned")
+            says = verdict(paper, tuned, results["paper_losses"].get("0.12B")) if paper else ""
+            cells = [signed(paper) if paper else "",
+                     f"{interval(tuned)}, {(tuned or {}).get('seeds', 0)} seeds", says]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -249,19 +312,41 @@ def read(path):
                          "run the study anew") from None
 
 
-BLOCK = re.compile(r"<!-- (results|quickstart|study \S+) -->.*?<!-- end -->", re.DOTALL)
+def count_intervals(folder):
+    """How many intervals the studies have, how many exclude zero, and how many of these Holm's
+    procedure keeps. A comparison that several studies have counts once."""
+    values = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        if '"study"' in path.read_text(encoding="utf-8")[:100]:
+            for found in read(path)["results"].values():
+                for c in found["comparisons"]:
+                    p = p_value(c.get("tuned"))
+                    if p is not None:
+                        values[c["row"], c["other"], c["tuned"]["difference"]] = p
+    p_values = list(values.values())
+    below = sum(p < 0.05 for p in p_values)
+    kept = sum(p < 0.05 for p in holm(p_values))
+    return (f"The tables have {len(p_values)} different intervals; {below} exclude zero, and if "
+            f"Holm's procedure takes all of them together, {kept} do.")
+
+
+BLOCK = re.compile(r"<!-- (results|quickstart|intervals|primary|study \S+) -->.*?<!-- end -->",
+                   re.DOTALL)
 
 
 def fill(text, folder=RESULTS):
     """The text with its generated blocks written anew: between `<!-- study NAME_SCALE -->` and
-    `<!-- end -->` the table of results/NAME_SCALE.json, between `<!-- results -->`, or
-    `<!-- quickstart -->`, and `<!-- end -->` README's tables."""
+    `<!-- end -->` the table of results/NAME_SCALE.json; `results` and `quickstart` are README's
+    tables, `intervals` a count of docs/studies.md, `primary` the table of docs/adopt.md."""
+    makers = {"results": readme, "quickstart": quickstart, "intervals": count_intervals,
+              "primary": primary_table}
+
     def write(match):
         what, _, name = match[1].partition(" ")
         path = Path(folder) / f"{name}.json"
         if what == "study":
             content = table(read(path)) if path.is_file() else "Not run yet."
         else:
-            content = {"results": readme, "quickstart": quickstart}[what](folder)
+            content = makers[what](folder)
         return f"<!-- {match[1]} -->\n{content}\n<!-- end -->"
     return BLOCK.sub(write, text)

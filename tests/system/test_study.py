@@ -18,32 +18,19 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command_of, run
+import torch
+from conftest import ROOT, command_of, run, trained
 
 from lib.config import load_config, to_dict
-from studies.machinery import evidence, tables
-from studies.machinery.evidence import (
-    best_rate,
-    judge,
-    paired,
-    pooled,
-    seeds_needed,
-    summarize,
-    verdict,
-)
+from lib.data import Dataset
+from sample import load_model
+from studies.machinery import evidence, tables, windows
+from studies.machinery.evidence import best_rate, judge, paired, pooled, summarize, verdict
 from studies.machinery.plan import Cell, Study, config_of, load_study, read_idea
 from studies.machinery.results import as_text, collect, curves, load_records
 from studies.machinery.run import main, write_docs
-from studies.machinery.runs import (
-    Pool,
-    Run,
-    RunFolders,
-    code,
-    digest,
-    gpu_for,
-    settings_of,
-    stamp_run,
-)
+from studies.machinery.runs import Run, RunFolders, code, digest, gpu_for, outcome, settings_of
+from studies.machinery.runs import stamp_run
 
 SMOKE, TRACK, FIGURE_1, FIGURE_6, FIGURE_7 = (ROOT / "studies" / f"{name}.py" for name in (
     "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling", "figure_7_moe_scaling"))
@@ -77,7 +64,8 @@ def test_paired_is_scipys_interval():
     found = paired(a, {**b, 17: 3.0})  # a seed that only one side has does not count
     low, high = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
     mean = statistics.mean(a[s] - b[s] for s in a)
-    expected = {"difference": mean, "low": low, "high": high, "seeds": 6}
+    expected = {"difference": mean, "low": low, "high": high, "seeds": 6,
+                "of": statistics.mean(b.values())}
     assert found == pytest.approx(expected, abs=1e-6)
     quantiles = [stats.t.ppf(0.975, freedom) for freedom in range(1, 30)]
     assert evidence.T_975 == pytest.approx(quantiles, abs=5e-5)
@@ -86,11 +74,36 @@ def test_paired_is_scipys_interval():
     nothing = {"difference": None, "low": None, "high": None}
     assert paired({1: 1.0}, {2: 1.0}) is None
     assert paired({1: math.inf, 2: 1.0}, {1: 1.0, 2: 1.0}) == {**nothing, "seeds": 2, "diverged": 1}
-    assert paired({1: 1.0}, {1: 1.5}) == {**nothing, "difference": -0.5, "seeds": 1}
+    assert paired({1: 1.0}, {1: 1.5}) == {**nothing, "difference": -0.5, "seeds": 1, "of": 1.5}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 11])
+def test_p_values_are_scipys_and_statsmodels_way_of_holm(n):
+    stats, rng = pytest.importorskip("scipy.stats"), random.Random(n)
+    a, b = ({s: rng.gauss(mean, 0.1) for s in range(n)} for mean in (1.5, 1.4))
+    expected = stats.ttest_rel(list(a.values()), list(b.values())).pvalue
+    assert evidence.p_value(paired(a, b)) == pytest.approx(expected, rel=1e-9)
+    assert evidence.p_value(None) is None
+    # of three: 3 x 0.01; 2 x 0.03; and 0.04, which may not be below the one before it
+    assert evidence.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+def test_the_bootstrap_takes_seeds_and_documents():
+    """Of one document it is the bootstrap of a mean; where all seeds agree and documents do not, it
+    has a width."""
+    rng = random.Random(1)
+    a = {s: [rng.gauss(1, 0.1)] for s in range(10)}
+    low, high = evidence.bootstrap(a, {s: [0.0] for s in a}, [7])
+    values = [x for x, in a.values()]
+    deviation = statistics.pstdev(values) / math.sqrt(10)
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.06)
+    assert (low + high) / 2 == pytest.approx(statistics.mean(values), abs=deviation / 4)
+    apart = {s: [1.0, 3.0] for s in range(4)}, {s: [1.0, 1.0] for s in range(4)}
+    assert evidence.bootstrap(*apart, [1, 1]) == [0.0, 2.0]
+    assert evidence.bootstrap({1: [1.0]}, {1: [1.0]}, [1]) is None
 
 
 def test_pooled_is_welchs_interval():
-    """Of one sample, it tells how many seeds a difference needs."""
     stats = pytest.importorskip("scipy.stats")
     a, b = [0.1, 0.5, 0.3, 0.9], [0.2, 0.1, 0.15]
     expected = stats.ttest_ind(a, b, equal_var=False)
@@ -103,12 +116,6 @@ def test_pooled_is_welchs_interval():
         x = [math.sin(7 * n + i) for i in range(n)]
         half = evidence.t_975(n - 1) * statistics.stdev(x) / math.sqrt(n)
         assert pooled([1], [x])["high"] - statistics.mean(x) == pytest.approx(half)
-
-    n = seeds_needed(paired(dict(enumerate(a)), dict.fromkeys(range(4), 0.0)), 0.3)
-    assert evidence.t_975(n - 1) * statistics.stdev(a) / math.sqrt(n) <= 0.3
-    assert evidence.t_975(n - 2) * statistics.stdev(a) / math.sqrt(n - 1) > 0.3
-    assert seeds_needed(None) is None
-
 
 def test_power_law_and_multiplier():
     """At that many times the compute the baseline's curve has the better loss. Of 100 intervals at
@@ -136,19 +143,25 @@ def test_power_law_and_multiplier():
 
 @pytest.mark.parametrize("paper, low, high, says", [
     (-0.03, -0.04, -0.01, "agrees"), (0.03, -0.04, -0.01, "differs"), (0.03, 0.01, 0.02, "agrees"),
-    (-0.03, -0.02, 0.01, "cannot tell"), (-0.03, None, None, "cannot tell")])
+    (-0.03, -0.02, 0.01, "cannot tell"), (-0.03, None, None, "cannot tell"),
+    (-0.003, -0.04, -0.01, "agrees"), (-0.0029, -0.04, -0.01, ""), (None, -0.04, -0.01, "")])
 def test_verdict(paper, low, high, says):
-    found = low and {"difference": (low + high) / 2, "low": low, "high": high}
+    """Of 1.5, an interval from 1% to 3%: the paper's 0.03 is 1% of 3 and 1.5% of 2."""
+    found = low and {"difference": (low + high) / 2, "low": low, "high": high, "of": 1.5}
     assert verdict(paper, found) == says
+    sized = {"difference": -0.03, "low": -0.045, "high": -0.015, "of": 1.5}
+    assert verdict(-0.03, sized, 2.0) == "agrees"
+    assert verdict(-0.03, sized, 3.1) == "agrees, excludes the paper's size"
+    assert verdict(0.03, {**sized, "high": 0.001}, 3.0) == "cannot tell, excludes the paper's size"
 
 
 def test_the_tracks_rule():
     rule = load_study(TRACK, "cpu").rule
     for low, mean, high, better in ((-0.03, -0.02, -0.01, True), (-0.03, -0.01, 0.001, False),
                                     (-0.005, -0.004, -0.003, False), (None, None, None, False)):
-        found = {"difference": mean, "low": low, "high": high, "seeds": 5}
+        found = {"difference": mean, "low": low, "high": high, "seeds": 10}
         assert judge(rule, {"own": found}) == ("better" if better else "does not count as better")
-        assert judge(rule, {"own": {**found, "seeds": 4}}) == "not run with 5 seeds yet"
+        assert judge(rule, {"own": {**found, "seeds": 9}}) == "not run with 10 seeds yet"
 
 
 # ---- the study file, its cells and their rates ---------------------------------------------------
@@ -179,6 +192,13 @@ def test_two_phases():
     assert [c[1:4] for c in seeds] == [("a", 2e-3, 1), ("b", 2e-3, 1), ("b", 1e-3, 1),
                                        ("a", 2e-3, 2), ("b", 2e-3, 2), ("b", 1e-3, 2)]
     assert not study.seed_cells(study.rows, (1, 2), {})
+    apart = tiny_study(tuning_seeds=(7, 8), tuned=("a",))  # seeds that only tune, of some rows
+    assert {(c.row, c.seed) for c in apart.tuning_cells(apart.rows)} == {("a", 7), ("a", 8)}
+    losses = {Cell("m", "a", rate, seed): loss for rate, seed, loss in (
+        (1e-3, 7, 1.0), (1e-3, 8, 1.0), (2e-3, 7, 1.1), (2e-3, 8, 1.1), (1e-3, 1, 5.0))}
+    found = summarize(apart, losses)["m"]["rows"]["a"]
+    one_seed = {"learning_rate": 1e-3, "loss": 5.0, "seeds": 1, "diverged": 0}
+    assert found == {"tuned": one_seed, "own": one_seed}
     figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
     assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
 
@@ -273,7 +293,6 @@ def test_only_equal_data_counts_and_only_todays_code_for_yours(tmp_path, monkeyp
     assert mine.state == "missing" and mine.folder.name.endswith(code()[:6])
     write_run(mine.folder, [CONFIG, "--seed=1"], made_by=code())
     assert find("out", made_by=code()).state == "done"
-    assert find("out").folder == mine.folder  # the newer of two
 
 
 def test_a_new_run_gets_a_folder_that_nothing_else_has(tmp_path):
@@ -307,10 +326,10 @@ def test_how_a_run_ended(tmp_path):
     run = RunFolders(tmp_path).find("x", CONFIG, {})
     old = "error: 3 steps in a row up to step 9 were not finite\n"
     (run.folder / "output.txt").write_text(old + "error: out of memory\n", encoding="utf-8")
-    assert Pool.outcome(run, 1, before=len(old)) == ("failed", "out of memory")
+    assert outcome(run, 1, before=len(old)) == ("failed", "out of memory")
     assert run.state == "interrupted"
     (run.folder / "output.txt").write_text(old, encoding="utf-8")
-    assert Pool.outcome(run, 1)[0] == "diverged" == run.state
+    assert outcome(run, 1)[0] == "diverged" == run.state
 
     study, cell = tiny_study(), Cell("m", "a", 1e-3, 1)
     write_run(tmp_path / "b", [CONFIG, "--seed=1", "--learning_rate=0.001"], val_loss=None)
@@ -320,7 +339,7 @@ def test_how_a_run_ended(tmp_path):
     assert record["state"] == "diverged" and "val_loss" not in record
     assert results["results"]["m"]["rows"]["a"]["tuned"] == {
         "learning_rate": 1e-3, "loss": None, "seeds": 1, "diverged": 1}
-    assert Pool.outcome(run, 0) == ("done", "validation loss not finite")
+    assert outcome(run, 0) == ("done", "validation loss not finite")
     for text in ("", "{}", "3", "[]"):
         (run.folder / "summary.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="b/summary.json is not what train.py leaves"):
@@ -344,6 +363,32 @@ def test_norms_of_matrices_are_found_by_a_part_of_their_name(tmp_path):
     found = {"q": [[0, 2.0]], "k": [[0, 3.0]]}
     assert curves(log, ("layers.2.attn.", ("q", "k", "v"))) == {"curve": [], "norms": found}
     assert curves(log, ()) == {"curve": []}
+
+
+def test_every_window_and_each_document(dataset, tmp_path):
+    """Token by token: each target once, by the document that it stands in."""
+    out = tmp_path / "run"
+    trained("configs/study_cpu.py", "--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16",
+            f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--device=cpu",
+            "--eval_windows=3", "--warmup_iters=1")
+    windows.main([str(out), str(tmp_path)])  # the second holds no run
+    found = json.loads((out / "windows.json").read_text(encoding="utf-8"))
+    model, encoding, _ = load_model(str(out))
+    shard = Dataset(dataset, 16, 257).val.shards[0]
+    tokens = torch.from_numpy(shard.read(0, len(shard)).astype("int64"))
+    sums, counts, document = {}, {}, 0
+    for first in range(0, (len(tokens) - 1) // 16 * 16, 16):
+        with torch.no_grad():
+            logits = model(tokens[None, first:first + 16])[0][0].double().log_softmax(-1)
+        for i in range(16):
+            document += int(tokens[first + i] == encoding.eot_token)
+            target = tokens[first + i + 1]
+            sums[document] = sums.get(document, 0) - logits[i, target].item()
+            counts[document] = counts.get(document, 0) + 1
+    assert len(counts) > 3 and found["tokens"] == list(counts.values())
+    means = [sums[d] / counts[d] for d in sums]
+    assert found["losses"] == pytest.approx(means, abs=1e-5)
+    assert found["loss"] == pytest.approx(sum(sums.values()) / sum(counts.values()), abs=1e-5)
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -415,15 +460,17 @@ def test_it_starts_without_optional_packages():
 
 
 def test_an_error_stops_the_runs_under_way(tmp_path, monkeypatch, capsys):
-    def fail(name, runs, made, later, pool):
-        pool.children[child] = (None, 0, 0.0, 0)
+    def fail(name, runs, made, later, args, children):
+        children.append(child)
         raise ValueError("no space")
 
     monkeypatch.setattr("studies.machinery.run.run_phase", fail)
     monkeypatch.setattr("studies.machinery.run.find_data", lambda datasets: None)
     with subprocess.Popen(["sleep", "60"]) as child:
         assert main([str(SMOKE), *places(tmp_path)]) == 1
-        assert child.returncode == -signal.SIGTERM and "no space" in capsys.readouterr().err
+        assert child.returncode == -signal.SIGTERM
+    said = capsys.readouterr()
+    assert "no space" in said.err and "some 4 runs to make, 1 at a time" in said.out
 
 
 def test_a_parts_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys, monkeypatch):
@@ -437,16 +484,12 @@ def test_a_parts_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys
         (tmp_path / "runs").rename(tmp_path / f"gone {seed}")
     said = capsys.readouterr().out
     assert "runs of this study, or more, are still to be made" in said
-    assert "made by earlier code: baseline" in said
     assert main(arguments) == 0
     results = json.loads(path.read_text(encoding="utf-8"))
     assert [(run["seed"], run["val_loss"]) for run in results["runs"]] == [(1, 1.25), (77, 1.25)]
     assert results["fits"] == []
 
-    assert main([*arguments, "--redo=baseline"]) == 0  # kept until today's code has made another
-    assert json.loads(path.read_text(encoding="utf-8"))["runs"] == results["runs"]
-
-    for damage, says in (({"code": None}, "does not hold a study's results"),
+    for damage, says in (({"data": None}, "does not hold a study's results"),
                          ({"val_loss": "1"}, "does not hold a study's results"),
                          ({"settings": "other"}, "with other settings: move them away"),
                          ({"row": "gone"}, "with other settings: move them away"),
@@ -460,7 +503,7 @@ def test_a_parts_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys
 
 
 def test_printed_lines_are_all_runs_and_each_has_its_folder(tmp_path, capsys):
-    """Of two models and two rows that would be named alike; before any run, and after the grid."""
+    """Of two models and two rows that would be named alike: the grid, and after it every run."""
     path = smoke_and("""
 rows, comparisons = {"a b": {}, "a-b": {"scale_vectors": False}}, {}
 model["learning_rates"] = (1e-3, 2e-3)
@@ -473,9 +516,8 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
         lines = [shlex.split(line) for line in said if line.startswith("python ")]
         return {line[-1].removeprefix("--out_dir="): line[2:-1] for line in lines}
 
-    grid = {folder: line for folder, line in printed().items()
-            if "--learning_rate=BEST" not in line}
-    assert len(grid) == 2 * 2 and len(printed()) == 2 * (2 + 4)
+    grid = printed()
+    assert len(grid) == 2 * 2
     for folder, line in grid.items():
         write_run(Path(folder), line, 1.0 if "--learning_rate=0.002" in line else 2.0)
     after = printed().values()
@@ -507,7 +549,6 @@ scales["cpu"]["models"]["two"] = {**model, "keys": {**model["keys"], "n_layer": 
     ([TRACK, "--dtype=bfloat16"], "dtype must be the same for every row"),
     ([TRACK, "--scale_reparam=none"], "row 'yours' is the same run as 'baseline'"),
     ([SMOKE, "--rows=x"], "no row 'x'"),
-    ([SMOKE, "--redo=x"], "no row 'x'"),
     ([TRACK, "--on=x"], "no such row")])
 def test_what_cannot_be_met_is_refused_before_any_run(given, says, tmp_path, capsys):
     if isinstance(given, str):
@@ -591,7 +632,7 @@ def test_the_cost_of_a_step():
 def test_docs_are_filled_and_damage_is_one_line(tmp_path):
     """With a summary by both protocols whose numbers are known by hand. Files of other tools are
     passed over; what another study holds of the same settings comes second."""
-    study, runs = tiny_study(), {}
+    study, runs = tiny_study(paper_losses={"0.12B": 3.0}), {}
     losses = losses_by({"a": {1e-3: 2.0, 2e-3: 1.0}, "b": {1e-3: 1.5, 2e-3: 3.0}})
     for cell, loss in losses.items():
         record = {"curve": [[8, loss]], "params": 1100 if cell.row == "b" else 1000, "tokens": 8,
@@ -599,8 +640,8 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
         runs[cell] = Run([], {}, tmp_path, record)
     text = as_text(collect(study, "cpu", runs, list(runs), "", {}))
     files = {"studies/results/s_cpu.json": text, "studies/results/bench.json": '{"races": {}}',
-             "studies/results/a.json": text.replace('"code":""', '"code":"theirs"'),
-             "README.md": "a <!-- results --><!-- end --> b",
+             "studies/results/a.json": text.replace('"data":""', '"data":"theirs"'),
+             "README.md": "a <!-- results --><!-- end --> <!-- primary --><!-- end --> b",
              "docs/a.md": "<!-- study s_cpu -->x<!-- end --> <!-- study none_cpu --><!-- end -->."}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -609,14 +650,14 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
     assert len(write_docs(tmp_path)) == 2 and write_docs(tmp_path) == []
     readme, page = ((tmp_path / name).read_text("utf-8") for name in ("README.md", "docs/a.md"))
     assert "| b, +10.0% parameters | 3.1500 at 0.002 \\* | 2 | 1.6500 at 0.001 \\* | 2 |" in page
-    assert ("| m | b | a | +2.0000 [+2.0000, +2.0000] | +0.5000 [+0.5000, +0.5000] | "
-            "+0.1000 (0.12B) | agrees |") in page
+    assert ("| m | b | a | +2.0000 [+2.0000, +2.0000] | +173.9% | +0.5000 [+0.5000, +0.5000] | "
+            "+0.1000 (0.12B) | agrees, excludes the paper's size |") in page
     assert tables.EDGE in page and "still to be made" not in page and "Not run yet." in page
     assert readme.count("not run yet") == 5
 
     path = tmp_path / "studies" / "results" / "s_cpu.json"
     [same] = load_records(path).values()
-    assert [run["code"] for run in same] == 8 * [""] + 8 * ["theirs"]
+    assert [run["data"] for run in same] == 8 * [""] + 8 * ["theirs"]
     for text in ("{}", "[]", "x"):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="s_cpu.json does not hold a study's results"):

@@ -1,0 +1,56 @@
+"""
+The loss of a finished run on every window of its validation split, and on each document in it. The
+curves of a run use some of the windows; a comparison that decides uses them all.
+
+  python -m studies.machinery.windows RUN...      writes windows.json into each run's folder
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from lib.data import Dataset
+from lib.disk import write_whole
+from sample import load_model
+
+BATCH = 32  # windows at a time
+
+
+@torch.no_grad()
+def every_window(folder):
+    """{"loss": nats a token over all windows, "tokens": [of each document], "losses": [nats a token
+    of each document]} of the newest checkpoint in a run's folder."""
+    model, encoding, _ = load_model(folder)
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    split = Dataset(config["dataset"], config["block_size"], config["vocab_size"]).val
+
+    losses, inputs = [], []
+    for first in range(0, len(split), BATCH):
+        x, y = split[list(range(first, min(first + BATCH, len(split))))]
+        logits, targets = model(torch.from_numpy(x.copy()))[0], torch.from_numpy(y.copy())
+        losses.append(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                      reduction="none").double().numpy())
+        inputs.append(x.ravel())
+    losses, inputs = np.concatenate(losses), np.concatenate(inputs)
+
+    # windows follow one another, so a target's document has as many <|endoftext|> before it
+    document = np.cumsum(inputs == encoding.eot_token)
+    tokens = np.bincount(document)
+    sums = np.bincount(document, losses)
+    held = tokens > 0
+    return {"loss": float(losses.mean()), "tokens": tokens[held].tolist(),
+            "losses": (sums[held] / tokens[held]).tolist()}
+
+
+def main(folders):
+    for folder in folders:
+        path = Path(folder) / "windows.json"
+        if (Path(folder) / "summary.json").is_file() and not path.is_file():
+            write_whole(path, json.dumps(every_window(folder)) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
