@@ -16,10 +16,12 @@ A study is a plain file of these names:
   scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,
                      "tuning_seeds": how many of the seeds tune (1), or seeds that only tune,
                      "tuned": the rows whose rate is tuned, by protocol "both" all,
+                     "follows": {label: the label whose own rate it takes over},
                      "protocol": "paper" or "both" (see studies/machinery/plan.py),
                      "rows": {label: keys at this scale only}}}
 A model is {"config": file, "keys": keys, "learning_rates": grid} and, if need be, "rows": the
-labels that it runs, and "tuning": keys that replace the others while learning rates are tuned.
+labels that it runs, "tuning": keys that replace the others while learning rates are tuned, and
+"more_rates": {label: rates beyond the grid}.
 """
 # ------------------------------------------------------------------------- the table of variants
 NONE = {"scale_vectors": False}

@@ -128,15 +128,15 @@ def best_rate(losses, study, model, row, whole=True):
     """The rate of least mean loss over the tuning seeds; None until every rate has them all. whole:
     every rate of the grid; otherwise every rate that the first row has, as tried so far. If all
     diverged, the smallest rate."""
-    spec, seeds = study.models[model], study.tuning_seeds
+    seeds, row = study.tuning_seeds, study.follows.get(row, row)
 
     def means(label):
         found = {rate: by_seed(losses, model, label, rate, study.has_short_tuning(model))
-                 for rate in spec.learning_rates}
+                 for rate in study.rates_of(model, label)}
         return {rate: statistics.mean(at[s] for s in seeds) for rate, at in found.items()
                 if at.keys() >= set(seeds)}
     rates = means(row)
-    needed = spec.learning_rates if whole else means(study.rows_of(model)[0])
+    needed = study.rates_of(model, row) if whole else means(study.rows_of(model)[0])
     return min(rates, key=rates.get) if rates and rates.keys() >= set(needed) else None
 
 
@@ -157,7 +157,7 @@ def own_rate(losses, model, row, rates):
 def own_of(losses, study, model, row, rates):
     """A row's own best rate of (the tuned one, the best on the tuning seeds). Where the tuning
     seeds do not count, they decide alone."""
-    if rates[1] is None or len(study.models[model].learning_rates) == 1:
+    if rates[1] is None or len(study.rates_of(model, row)) == 1:
         return None  # one rate that was tried is nobody's best
     if not all(map(study.counts, study.tuning_seeds)):
         return rates[1]

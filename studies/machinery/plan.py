@@ -47,6 +47,7 @@ class Model:
     learning_rates: tuple
     rows: tuple = ()  # labels; without them the model runs all rows
     tuning: dict = field(default_factory=dict)  # keys that replace the others while tuning
+    more_rates: dict = field(default_factory=dict)  # {row: rates beyond the grid}
 
     def __post_init__(self):
         require(isinstance(self.config, str), "'config' must be the path of a config file")
@@ -69,6 +70,7 @@ class Study:
     comparisons: dict = field(default_factory=dict)
     tuning_seeds: int | tuple = 1
     tuned: tuple = ()
+    follows: dict = field(default_factory=dict)  # {row: the row whose own rate it takes over}
     protocol: str = "both"
     panels: list = field(default_factory=list)
     picture: str = "relative loss"
@@ -102,7 +104,9 @@ class Study:
         self.models = {name: Model(**spec) if isinstance(spec, dict) else spec
                        for name, spec in self.models.items()}
         models = [model.rows for model in self.models.values()]
-        for row in itertools.chain(*self.comparisons, *self.panels, *models, self.tuned):
+        named = itertools.chain(*self.comparisons, *self.panels, *models, self.tuned,
+                                *self.follows.items())
+        for row in named:
             require(row in rows, f"a comparison, panel or model names {row!r}, which is no row")
         require(set(self.primary) <= set(self.comparisons), "'primary' must name comparisons")
         self.panels = self.panels or [list(rows)]
@@ -125,6 +129,11 @@ class Study:
             return labels[:1]
         return [row for row in labels if not self.tuned or row in self.tuned or row == labels[0]]
 
+    def rates_of(self, model, row):
+        """The learning rates that are tried for a row."""
+        spec = self.models[model]
+        return (*spec.learning_rates, *spec.more_rates.get(row, ()))
+
     def keys(self, cell):
         """The keys of a cell on top of its model's config."""
         model = self.models[cell.model]
@@ -138,13 +147,13 @@ class Study:
         return [Cell(name, row, rate, seed, self.has_short_tuning(name))
                 for name, model in self.models.items()
                 for row in self.tuned_rows(name) if row in rows
-                for rate, seed in itertools.product(model.learning_rates, self.tuning_seeds)]
+                for rate, seed in itertools.product(self.rates_of(name, row), self.tuning_seeds)]
 
     def seed_cells(self, rows, seeds, best):
         """Every row at the first row's best rate, and at its own. best {(model, row): rate}"""
         cells = [Cell(model, row, best.get((model, tuned)), seed) for model in self.models
                  for seed in seeds for row in self.rows_of(model) if row in rows
-                 for tuned in (self.rows_of(model)[0], row)]
+                 for tuned in ((row,) if row in self.follows else (self.rows_of(model)[0], row))]
         return list(dict.fromkeys(cell for cell in cells if cell.learning_rate is not None))
 
     def select_rows(self, labels):
@@ -205,7 +214,7 @@ def load_study(path, scale, idea=None, steps=0, name=""):
     to so many, and no rule judges them. Raises ValueError if something in the file is not as
     studies/common.py says."""
     values, stem = read_study(path), Path(path).stem
-    of_scale = {"seeds", "models", "tuning_seeds", "tuned", "protocol"}
+    of_scale = {"seeds", "models", "tuning_seeds", "tuned", "follows", "protocol"}
     known = {f.name for f in fields(Study)} - {"name", "steps", *of_scale}
     try:
         if scale not in values["scales"]:
