@@ -12,6 +12,7 @@ A study is a plain file of these names:
   yours, rule       studies/track.py: the rows yours is compared with; when it counts as better
   paper_losses      {the paper's model: its baseline's loss}, for the size of a difference
   primary           comparisons named before any run; every_window: the loss on all windows counts
+  step_times        {label: how long a step takes} and "what" that is, beside a forest
   costs             {where: time of a step over the baseline's}, for a compute multiplier net of it
   scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,
                      "tuning_seeds": how many of the seeds tune (1), or seeds that only tune,

@@ -5,11 +5,13 @@ MUON = {"optimizer": "muon"}
 
 title = "Figure 8, under Muon"
 question = "does the gain of the unified strategy hold under another optimizer?"
-# the last is ours
-rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY}
+# the last two are ours; the last one's runs are figure 3's
+rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_DECAY,
+        "Gemma's norms without decay on γ": {**NO_DECAY, "qk_norm": True, "post_norm": True}}
 comparisons = {("unified", "baseline"): {
     "Dense-0.12B": -0.0156, "Dense-0.5B": -0.0167, "MoE-0.5B": -0.0187},
-               ("unified", "baseline without decay on γ"): {}}
+               ("unified", "baseline without decay on γ"): {},
+               ("unified", "Gemma's norms without decay on γ"): {}}
 scales = {
     "cpu": {"seeds": TEN_SEEDS, "models": {"0.23M": {
         **CPU_MODEL, "keys": MUON, "learning_rates": (2e-3, 4e-3, 8e-3, 16e-3)}}},

@@ -134,12 +134,12 @@ def forest(results):
                                 layout="constrained")
     forest_panel(axis, results, lines)
     axis.set_title(f"against {first}", fontsize=9)
-    for place, (_, row, _, _) in enumerate(lines if results["costs"] else ()):
-        axis.text(1.02, place, results["costs"].get(row, "?"), fontsize=7, va="center",
+    times = results["step_times"]
+    for place, (_, row, _, _) in enumerate(lines if times else ()):
+        axis.text(1.02, place, times.get(row, "?"), fontsize=7, va="center",
                   transform=axis.get_yaxis_transform())
-    if results["costs"]:
-        axis.text(1.02, -0.75, results["costs"][first], fontsize=7, va="bottom",
-                  transform=axis.get_yaxis_transform())
+    if times:
+        axis.text(1.02, 1.01, times["what"], fontsize=7, va="bottom", transform=axis.transAxes)
     return figure
 
 

@@ -135,7 +135,8 @@ def collect(study, scale, runs, planned, command, before):
             "rows": study.rows, "seeds": list(study.seeds),
             "tuning_seeds": list(study.tuning_seeds), "steps": study.steps, "models": models,
             "rule": study.rule, "costs": study.costs,
-            "paper_losses": study.paper_losses, "primary": study.primary,
+            "paper_losses": study.paper_losses, "step_times": study.step_times,
+            "primary": study.primary,
             "missing": len(set(planned) - losses.keys()), "results": found,
             "fits": fit_scaling(study, losses, flops), "runs": records}
 

@@ -28,7 +28,11 @@ README_ROWS = (
     ("6: how many times unified's compute the baseline needs for its loss",
      "figure_6_dense_scaling_long", "unified", "baseline", "multiplier"),
     ("ours: unified, against a baseline that does not decay γ, better at this size",
-     "figure_5_step_by_step_cpu", "unified", "baseline without decay on γ", "difference"))
+     "figure_5_step_by_step_cpu", "unified", "baseline without decay on γ", "difference"),
+    ("ours: unified, against Q/K-norm without decay on γ, each at its own rate", "adopt_cpu",
+     "unified", "Q/K-norm without decay on γ", "own"),
+    ("ours: the same without DNP on the head", "adopt_cpu", "unified but the head",
+     "Q/K-norm without decay on γ", "own"))
 PAPER_MULTIPLIER = 1.22  # of figure 6, at 1B
 
 
@@ -87,20 +91,26 @@ def relative(found):
 
 def table(results):
     """The losses of all rows, and the differences of those that are compared."""
-    lines, rows = [], []
+    lines, rows, absent = [], [], []
     if results["missing"]:
         lines = [f"{results['missing']} runs of this study, or more, are still to be made.", ""]
     for model, found in results["results"].items():
         for row, protocols in found["rows"].items():
+            if not protocols:
+                absent.append(f"{row} ({model})" if len(results["results"]) > 1 else row)
+                continue
             cells, ends = [], grid_ends(results, model, row)
-            for protocol, absent in (("tuned", "not run"), ("own", "")):
+            for protocol in ("tuned", "own"):
                 at = protocols.get(protocol)
                 mark = " \\*" if at and at["learning_rate"] in ends else ""
                 cells += [f"{loss(at)} at {at['learning_rate']:g}{mark}", str(at["seeds"])
-                          ] if at else [absent, ""]
+                          ] if at else ["", ""]
             rows.append([model, row + extra_parameters(results, model, row), *cells])
+    if absent:
+        lines += [f"Not run yet: {', '.join(absent)}.", ""]
+    lines += tuning_lines(results)
     lines += markdown(["model", "row", f"{OURS}, at the tuned rate", "seeds",
-                       "at its own best rate", "seeds"], rows)
+                       "at its own best rate", "seeds"], rows) if rows else []
     if any("\\*" in line for line in lines):
         lines += ["", EDGE]
     for found in results["results"].values():
@@ -153,6 +163,23 @@ def primary_table(folder, name="adopt", scales=("cpu", "long")):
     return "\n".join(lines)
 
 
+def tuning_lines(results):
+    """What the rows were tuned by, where the tuning seeds do not count: the mean at each rate."""
+    seeds, losses = results["tuning_seeds"], {}
+    if set(seeds) & set(results["seeds"]):
+        return []
+    for run in results["runs"]:
+        if run["seed"] in seeds and run["state"] == "done":
+            by_rate = losses.setdefault((run["model"], run["row"]), {})
+            by_rate.setdefault(run["learning_rate"], []).append(run["val_loss"])
+    rates = sorted({rate for by_rate in losses.values() for rate in by_rate})
+    rows = [[model, row, *(f"{statistics.mean(by_rate[rate]):.4f}" if rate in by_rate else ""
+                           for rate in rates)] for (model, row), by_rate in losses.items()]
+    header = ["model", "row", *(f"at {rate:g}" for rate in rates)]
+    return [f"Tuning, the mean of seeds {', '.join(map(str, seeds))}, which do not count below, in "
+            f"{OURS}:", "", *markdown(header, rows), ""]
+
+
 def grid_ends(results, model, row):
     """The lowest and the highest rate at which a row was tuned, if there are several."""
     rates = {run["learning_rate"] for run in results["runs"]
@@ -167,6 +194,8 @@ def comparison_lines(results):
         return []
     rows = []
     for model, c in compared:
+        if not c.get("tuned") and not c.get("own"):
+            continue
         paper = ", ".join(f"{signed(value)} ({where})" for where, value in c["paper"].items())
         says = ""
         if paper:
@@ -174,6 +203,8 @@ def comparison_lines(results):
             says = verdict(c["paper"][where], c.get("tuned"), results["paper_losses"].get(where))
         rows.append([model, c["row"], c["other"], interval(c.get("tuned")),
                      relative(c.get("tuned")), interval(c.get("own")), paper, says])
+    if not rows:
+        return []
     lines = ["", *markdown(["model", "row", "against", f"{OURS} [95%], tuned rate", "relative",
                             "own best rates", f"the paper's, {PAPERS}", "its sign"], rows)]
     seen = sorted(filter(None, (half_width(c.get("tuned")) for _, c in compared)))
@@ -248,7 +279,7 @@ def costs_of(results, fit):
 
 def readme(folder):
     """The table of results in README.md."""
-    lines = ["| figure | the paper | ours | |", "| --- | --- | --- | --- |"]
+    lines = [f"| figure | the paper, {PAPERS} | ours, {OURS} | |", "| --- | --- | --- | --- |"]
     for words, name, row, other, what in README_ROWS:
         path = Path(folder) / f"{name}.json"
         if not path.is_file():
@@ -268,10 +299,10 @@ def readme(folder):
             model = next(iter(results["results"]))
             found = find(results["results"][model]["comparisons"], row, other)
             paper = paper_value(found["paper"], model)
-            tuned = found.get("tuned")
+            tuned = found.get("own" if what == "own" else "tuned")
             says = verdict(paper, tuned, results["paper_losses"].get("0.12B")) if paper else ""
             cells = [signed(paper) if paper else "",
-                     f"{interval(tuned)}, {(tuned or {}).get('seeds', 0)} seeds", says]
+                     f"{interval(tuned)}, {tuned['seeds']} seeds" if tuned else "not run yet", says]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -561,6 +561,9 @@ def test_what_cannot_be_met_is_refused_before_any_run(given, says, tmp_path, cap
 
 # ---- results, tables, docs -----------------------------------------------------------------------
 
+NUMBER = r"[+−]0\.\d+(?: \[[^]]+\])?|\d\.\d\d \[[^]]+\]"
+
+
 def rounded(value):
     return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 9))
 
@@ -597,8 +600,15 @@ def test_the_pages_hold_the_results_tables():
     for section in re.split(r"^#+ ", page, flags=re.MULTILINE):
         prose, table = tables.BLOCK.sub("", section), " ".join(
             m[0] for m in tables.BLOCK.finditer(section))
-        for number in re.findall(r"[+−]0\.\d+(?: \[[^]]+\])?|\d\.\d\d \[[^]]+\]", prose):
+        for number in re.findall(NUMBER, prose):
             assert number in table, f"{section.splitlines()[0]}: {number}"
+    adopt = tables.BLOCK.sub("", (ROOT / "docs" / "adopt.md").read_text(encoding="utf-8"))
+    assert len(numbers := re.findall(NUMBER, adopt)) > 9
+    for number in numbers:  # from any section; the other way round they have the other sign
+        turned = number.translate(str.maketrans("+−", "−+"))
+        ends = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", turned)
+        turned = f"{ends[1]} [{ends[3]}, {ends[2]}]" if ends else turned
+        assert number in page or turned in page, number
 
 
 def test_the_cost_of_a_step():
@@ -612,6 +622,11 @@ def test_the_cost_of_a_step():
     costs = [cost for study in (FIGURE_6, FIGURE_7)
              for cost in load_study(study, "cpu").costs.values()]
     assert costs == pytest.approx(medians, abs=0.001)
+    eager = json.loads((FOLDER / "bench_cpu_eager.json").read_text("utf-8"))["races"]
+    eager, = (race["variants"]["unified"]["time_over_baseline"]["median"]
+              for race in eager.values())
+    times = load_study(ROOT / "studies" / "adopt.py", "cpu").step_times["unified"].split("; ")
+    assert times == [f"{x:.2f}" for x in (eager, medians[1], medians[2])]
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for row in (row for race in races.values() for row in race["variants"].values()):
         ratio = row["time_over_baseline"]
@@ -653,7 +668,7 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
     assert ("| m | b | a | +2.0000 [+2.0000, +2.0000] | +173.9% | +0.5000 [+0.5000, +0.5000] | "
             "+0.1000 (0.12B) | agrees, excludes the paper's size |") in page
     assert tables.EDGE in page and "still to be made" not in page and "Not run yet." in page
-    assert readme.count("not run yet") == 5
+    assert readme.count("not run yet") == 7
 
     path = tmp_path / "studies" / "results" / "s_cpu.json"
     [same] = load_records(path).values()
