@@ -82,4 +82,9 @@ scales = {
             "models": {"0.23M": {**CPU_MODEL, "more_rates": MORE_RATES}}},
     "long": {**SCALE, "models": {"0.23M": {**LONG["0.23M"], "tuning": AS_CPU,
                                            "more_rates": MORE_RATES, "rows": DECIDING}}},
+    # exploratory: another optimizer, at the rate that was best for its baseline, and another corpus
+    "muon": {**SCALE, "models": {"0.23M": {**CPU_MODEL, "keys": {"optimizer": "muon"},
+                                           "learning_rates": (8e-3,), "rows": DECIDING}}},
+    "english": {**SCALE, "models": {"0.23M": {**CPU_MODEL, "keys": {"dataset": "data/gcide"},
+                                              "more_rates": MORE_RATES, "rows": DECIDING}}},
 }

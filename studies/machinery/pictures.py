@@ -20,8 +20,8 @@ COLORS = {"baseline": "black", "baseline without decay on γ": "gray", "unified"
           "no scale vectors": "C5", "HG": "C2", "HG + DNP": "C1", "HG + DNP + OR": "C4",
           "unified but the head": "C9", "Q/K-norm without decay on γ": "C3",
           "HG + DNP + IWD": "C8", "HG + DP + OR": "C6"}
-OTHERS = ("C7", "darkgreen", "gold", "navy", "salmon", "purple", "teal", "olive", "peru", "crimson",
-          "steelblue", "orchid", "darkkhaki", "sienna", "slategray")
+OTHERS = ("darkgreen", "deeppink", "gold", "navy", "salmon", "purple", "teal", "olive", "peru",
+          "crimson", "steelblue", "orchid", "darkkhaki", "sienna", "slategray")
 
 
 def color_of(results, row):
