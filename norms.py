@@ -3,20 +3,19 @@ Scale vectors: everything this project is about, in one file to copy. It imports
 
   1. the normalization     rms_norm
   2. how γ is written      REPARAMS: OR, ER, and γ = 1 + α
-  3. where γ sits          PLACEMENTS: standard, AP, DP, DNP
+  3. where γ sits          PLACEMENTS: standard, AP, DP, DNP, and two that are not the paper's
   4. one linear map        ScaledLinear
-  5. who shares a γ        share_input_scale; without it each map has its own (HG)
+  5. what the maps read    PreNorm: with one γ for all of them, or with one in each of them (HG)
   6. no map follows γ      OutputNorm
   7. making γ disappear    fold_scale_vectors
   8. who decays            SCALE_DECAY_POLICIES (IWD), weight_decay_groups
-  9. the product, fast     fused: equal up to rounding; pre_norm: also up to its ε
+  9. the product, fast     fused: equal up to rounding
 
 Letters: x (..., d) an activation; W (m, d) a weight; v (d,) the scale vector on its input side,
 the paper's γ_b; u (m,) the one on its output side, γ_a; W̃ the effective weight. A stack of E
 experts has W (E, m, d), v (d,) or (E, d), u (E, m). Equations and sections are those of
 arXiv 2605.26895v1; "ours" marks what the paper does not say.
 """
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
@@ -65,11 +64,6 @@ REPARAMS = {
 }
 
 
-def reparameterize(reparam, beta, alpha):
-    function = REPARAMS[reparam].function
-    return function(alpha) if beta is None else function(beta, alpha)
-
-
 class ScaleVector(nn.Module):
     """One learnable γ, (d,), or (E, d) for E experts. Calling it returns γ.
 
@@ -83,19 +77,21 @@ class ScaleVector(nn.Module):
         super().__init__()
         if reparam not in REPARAMS:
             raise ValueError(f"scale_reparam={reparam!r} is unknown: choose {', '.join(REPARAMS)}")
-        self.shape, self.reparam = tuple(shape), reparam
-        self.input_norm, self.absorbable = input_norm, absorbable
-        self.cached = None  # γ, within cached_scale_vectors
+        self.input_norm, self.absorbable, self.reparam = input_norm, absorbable, reparam
+        self.computed = None  # γ, where fast.py has it
         _, alpha, beta, beta_is_length = REPARAMS[reparam]
-        self.alpha = nn.Parameter(torch.full(self.shape, alpha))
+        self.alpha = nn.Parameter(torch.full(shape, alpha))
         # β is a parameter, a constant, or None
         trained = beta is not None and (length or not beta_is_length)
         self.beta = nn.Parameter(torch.full((*shape[:-1], 1), beta)) if trained else beta
 
     def forward(self):
-        if self.cached is not None:
-            return self.cached
-        return reparameterize(self.reparam, self.beta, self.alpha)
+        if self.computed is not None:
+            return self.computed
+        function = REPARAMS[self.reparam].function
+        if self.beta is None:
+            return function(self.alpha)
+        return function(self.beta, self.alpha)
 
 
 # ---- 3. where γ sits: the effective weight, and what happens to the product ----------------------
@@ -107,43 +103,53 @@ def scale_weight(W, v=None, u=None):
     return W if u is None else W * u.unsqueeze(-1)
 
 
-def input_weight(W, v, u):
+def input_weight(W, v, u, m):
     """Standard: y = W(γ_b ⊙ x)."""
     return scale_weight(W, v=v)
 
 
-def after_weight(W, v, u):
+def after_weight(W, v, u, m):
     """AP (eq. 5): y = γ_a ⊙ (W x)."""
     return scale_weight(W, u=u)
 
 
-def dual_weight(W, v, u):
+def dual_weight(W, v, u, m):
     """DP (eq. 6): y = γ_a ⊙ (W(γ_b ⊙ x))."""
     return scale_weight(W, v, u)
 
 
+def weight_norm_weight(W, v, u, m):
+    """γ_a ⊙ ((c W_i / ‖W_i‖)(γ_b ⊙ x)) for each row W_i of W, c = init_std √d (Salimans and Kingma,
+    arXiv 1602.07868; not the paper's): a norm of the weight, with nothing to do for each token."""
+    return scale_weight(m.init_std * rms_norm(W, eps=0.0), v, u)
+
+
 def dual_norm_output(y, u, m):
     """DNP (eq. 7): γ_a ⊙ Norm(y), where y = W(γ_b ⊙ x) by input_weight. Norm acts on each head
-    of q, k, v, and on the whole output of any other map. x needs no Norm: see pre_norm."""
+    of q, k, v, and on the whole output of any other map. x needs no Norm: see PreNorm.
+    Without γ_b it is SDD's γ_a ⊙ Norm(W x) (arXiv 2502.15499), "after_norm" (not the paper's)."""
     return scale(m.norm(y), u)
 
 
 class Placement(NamedTuple):
     vectors: str  # those that exist: "v", which is γ_b; "u", which is γ_a; or "vu"
-    weight: Callable  # (W, v, u) -> W̃; None for v or u stands for all ones
+    weight: Callable  # (W, v, u, the ScaledLinear) -> W̃; None for v or u stands for all ones
     output: Callable | None = None  # (W̃ x, u, the ScaledLinear) -> y; None: y = W̃ x
     # Claims that speed and folding rely on; a test checks each. An entry works without them.
-    factors: str = ""  # those that only multiply: "v" the input of W, "u" y, as the last operation
+    ends_in_u: bool = False  # u multiplies y as the last operation, and is used for nothing else
     undoes_factor: bool = False  # c x gives the same y as x, for every c > 0
     keeps_zeros: bool = False  # zeros appended to W̃ x are zeros in y, and change nothing else
+    divides_by_rms: bool = False  # y is u ⊙ m.norm(W̃ x) and nothing else: see fast.py
 
 
+DNP_CLAIMS = {"ends_in_u": True, "undoes_factor": True, "keeps_zeros": True, "divides_by_rms": True}
 PLACEMENTS = {
-    "input": Placement("v", input_weight, factors="v"),
+    "input": Placement("v", input_weight),
     "after": Placement("u", after_weight),
-    "dual": Placement("vu", dual_weight, factors="v"),
-    "dual_norm": Placement("vu", input_weight, dual_norm_output, factors="vu",
-                           undoes_factor=True, keeps_zeros=True),
+    "dual": Placement("vu", dual_weight),
+    "dual_norm": Placement("vu", input_weight, dual_norm_output, **DNP_CLAIMS),
+    "after_norm": Placement("u", input_weight, dual_norm_output, **DNP_CLAIMS),
+    "weight_norm": Placement("vu", weight_norm_weight),
 }
 BARE = Placement("", input_weight)
 
@@ -151,87 +157,131 @@ BARE = Placement("", input_weight)
 # ---- 4. one linear map with its scale vectors ----------------------------------------------------
 
 class ScaledLinear(nn.Module):
-    """y = placement.output(W̃ x), without bias. The owner initializes the weight.
+    """y = placement.output(W̃ x), without bias. The owner draws the weight from normal(0, init_std).
 
-    shape        (m, d), or (E, m, d) for a stack of E experts
-    placement    a name in PLACEMENTS; None: no vectors, y = W x
-    vectors      False removes the scale vectors; DNP's norm stays
-    norm_width   channels that DNP normalizes together: head_dim for q, k, v; None: all m
-    eps          of DNP's norm
-    absorbed_by  the ScaledLinear that can take over γ_a under DNP, because only channel-wise
-                 operations stand between: o for v, down for up. Its weight then applies γ_a
-    tied         the weight also serves elsewhere, so it cannot take over a vector
+    shape       (m, d), or (E, m, d) for a stack of E experts
+    placement   a name in PLACEMENTS; None: no vectors, y = W x
+    vectors     False removes the scale vectors; DNP's norm stays
+    norm_width  channels that DNP normalizes together: head_dim for q, k, v; None: all m
+    eps         of DNP's norm
+    init_std    None: 1 / √d. weight_norm keeps each row as long as this makes it
+    tied        the weight also serves elsewhere, so it cannot take over a vector
     """
 
     def __init__(self, shape, placement, vectors=True, reparam="none", norm_width=None, eps=1e-6,
-                 absorbed_by=None, tied=False):
+                 init_std=None, tied=False):
         super().__init__()
         if placement is not None and placement not in PLACEMENTS:
             raise ValueError(f"placement {placement!r} is unknown: choose {', '.join(PLACEMENTS)}")
         self.placement = p = PLACEMENTS[placement] if placement else BARE
-        self.norm_width, self.eps, self.tied = norm_width or shape[-2], eps, tied
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.hands_over = absorbed_by is not None and p.output is not None and "u" in p.factors
-        self.takes_over = []  # the maps whose γ_a this weight applies
+        self.width = shape[-2]
+        self.norm_width = norm_width or self.width
+        self.eps = eps
+        self.init_std = init_std or shape[-1] ** -0.5
+        self.tied = tied
+        self.absorbs = []  # (map, head_dim) of each map whose γ_a this weight applies
+        self.absorbed_by = []  # the map whose weight applies γ_a; a list, or it would be a child
+        self.pad = (0, 0)  # zero columns and rows that W̃ gets: see padded_weight
 
+        self.weight = nn.Parameter(torch.empty(shape))
         self.scale_in = self.scale_out = None
         if vectors and "v" in p.vectors:
-            shape_in = (*shape[:-2], shape[-1])
-            self.scale_in = ScaleVector(shape_in, True, not tied, reparam, not p.undoes_factor)
+            self.scale_in = ScaleVector(
+                (*shape[:-2], shape[-1]), input_norm=True, absorbable=not tied, reparam=reparam,
+                length=not p.undoes_factor)
         if vectors and "u" in p.vectors:
-            absorbable = self.hands_over if p.output else not tied
-            self.scale_out = ScaleVector(shape[:-1], False, absorbable, reparam)
-            if self.hands_over:
-                absorbed_by.takes_over.append(self)
+            self.scale_out = ScaleVector(
+                shape[:-1], input_norm=False, absorbable=p.output is None and not tied,
+                reparam=reparam)
 
-    def effective_weight(self, with_v=True):
+    def absorb(self, m, head_dim=None):
+        """Let this weight apply γ_a of m, whose output reaches this map through operations on
+        single channels only: o.absorb(v), down.absorb(up). Nothing changes where m's W̃ has it.
+        head_dim: where each head of m serves several, as in grouped-query attention."""
+        channels = self.weight.size(-1)
+        if channels != m.width and (head_dim is None or channels % m.width or m.width % head_dim):
+            raise ValueError(f"a map of {channels} inputs cannot absorb γ_a of {m.width} channels: "
+                             f"give the head_dim that divides both")
+        if m.scale_out and m.placement.output and m.placement.ends_in_u:
+            self.absorbs.append((m, head_dim or m.width))
+            m.absorbed_by.append(self)
+            m.scale_out.absorbable = True
+
+    def effective_weight(self):
         """W̃ (..., m, d): W with the vectors that are multiplied into it, in the wider dtype."""
-        v = self.scale_in() if self.scale_in and with_v else None
+        v = self.scale_in() if self.scale_in else None
         u = self.scale_out() if self.scale_out else None
-        W = self.placement.weight(self.weight, v, u)
-        for m in self.takes_over:  # each value head may serve several query heads
-            heads = m.scale_out().unflatten(-1, (-1, m.norm_width))
-            heads = heads.repeat_interleave(W.size(-1) // m.weight.size(-2), dim=-2)
+        W = self.placement.weight(self.weight, v, u, self)
+
+        # γ_a of the maps that this one absorbs; each value head may serve several query heads
+        for m, head_dim in self.absorbs:
+            heads = m.scale_out().unflatten(-1, (-1, head_dim))
+            heads = heads.repeat_interleave(W.size(-1) // m.width, dim=-2)
             W = scale_weight(W, v=heads.flatten(-2))
         return W
 
     def norm(self, y):
         """Norm over each norm_width channels."""
-        m = self.weight.size(-2)
-        if y.size(-1) == m:
+        if self.norm_width < self.width:
             return rms_norm(y.unflatten(-1, (-1, self.norm_width)), self.eps).flatten(-2)
-        if self.norm_width != m:
-            raise ValueError("a norm over heads cannot read appended zeros: give pad=False")
-        coverage = m / y.size(-1)  # y ends in appended zeros, which mean(y²) must not count
-        return rms_norm(y, self.eps * coverage) * coverage ** 0.5
+        share = self.width / y.size(-1)  # y may end in zeros, which mean(y²) must not count
+        return rms_norm(y, self.eps * share) * share ** 0.5
 
     def output(self, y, routing=None):
         """What follows the product y = W̃ x (..., m): DNP's Norm and γ_a, or nothing."""
         if self.placement.output is None:
             return y
-        u = self.scale_out() if self.scale_out and not self.hands_over else None
-        return self.placement.output(y, per_row(u, routing), self)
+        u = None
+        if self.scale_out and not self.absorbed_by:
+            u = self.scale_out()
+            if y.size(-1) > self.width:
+                u = F.pad(u, (0, y.size(-1) - self.width))
+            if routing is not None:
+                u = routing.per_row(u)
+        return self.placement.output(y, u, self)
 
     def forward(self, x, routing=None):
         return fused(x, (self,), routing)[0]
 
 
-# ---- 5. who shares a γ ---------------------------------------------------------------------------
+# ---- 5. what the maps read -----------------------------------------------------------------------
 
-def share_input_scale(maps):
-    """Make the maps share one γ_b: the standard form, W_q(γ ⊙ x̂), W_k(γ ⊙ x̂), ...
-    Without this call each map has its own, W_q(γ_q ⊙ x̂), W_k(γ_k ⊙ x̂), ...: HG (eq. 4)."""
-    readers = [m for m in maps if m.scale_in]
-    if not readers:
-        return
-    need_length = [m for m in readers if not m.placement.undoes_factor] or readers
-    shared = need_length[0].scale_in  # one with a β, if any reader needs γ's length
-    for m in readers:
-        if (m.scale_in.shape[-1], m.scale_in.reparam) != (shared.shape[-1], shared.reparam):
-            raise ValueError("maps that share a γ must read equal widths and write γ in one way")
-        del m.scale_in
-        m.__dict__["scale_in"] = shared
-    readers[0].scale_in = shared  # a child of the first map only, so that it has one name
+class PreNorm(nn.Module):
+    """What several maps read of the residual stream: fused(norm(x), maps).
+
+    shared=True    one γ_b for all of them, and this module has it, as in every Llama:
+                   W_q(γ ⊙ Norm(x)), W_k(γ ⊙ Norm(x)), ... If only one has a γ_b, it keeps it
+    shared=False   each map has its own: W_q(γ_q ⊙ Norm(x)), W_k(γ_k ⊙ Norm(x)), ...: HG (eq. 4)
+
+    If each map undoes any factor of its input, the division is left out. DNP does: with Norm(x) =
+    x / r, Norm(W(γ_b ⊙ x / r)) = Norm(W(γ_b ⊙ x)) (FlashNorm, arXiv 2407.09577). With ε in both,
+    DNP's would have to be ε r². Such maps get ε² instead: it differs by a relative 1e-6 or so, and
+    by nothing as ε goes to 0.
+    """
+
+    def __init__(self, maps, shared=True, eps=1e-6):
+        super().__init__()
+        self.maps, self.eps, self.scale = list(maps), eps, None
+        self.left_out = all(m.placement.undoes_factor for m in maps)
+        if self.left_out:
+            for m in maps:
+                m.eps = eps ** 2
+        with_one = [m for m in maps if m.scale_in]
+        reparams = {m.scale_in.reparam for m in with_one}
+        if shared and len(with_one) > 1 and (with_one != self.maps or len(reparams) > 1):
+            raise ValueError("of maps that share a γ_b all must have one, written in one way: put "
+                             "the vectors of all in one place, or give each map its own (HG)")
+        if shared and with_one == self.maps:
+            self.scale = ScaleVector(
+                maps[0].weight.shape[-1:], input_norm=True, reparam=reparams.pop(),
+                absorbable=not any(m.tied for m in maps), length=not self.left_out)
+            for m in maps:
+                m.scale_in = None
+
+    def forward(self, x):
+        if not self.left_out:
+            x = rms_norm(x, self.eps)
+        return scale(x, self.scale() if self.scale else None)
 
 
 # ---- 6. no linear map follows γ ------------------------------------------------------------------
@@ -241,11 +291,11 @@ class OutputNorm(nn.Module):
 
     def __init__(self, dim, vectors=True, reparam="none", eps=1e-6):
         super().__init__()
-        self.dim, self.eps = dim, eps
-        self.scale = ScaleVector((dim,), False, False, reparam) if vectors else None
+        self.eps, self.scale = eps, None
+        if vectors:
+            self.scale = ScaleVector((dim,), input_norm=False, absorbable=False, reparam=reparam)
 
     def forward(self, z):
-        appended(z, self.dim, possible=False)  # refuses another width
         return scale(rms_norm(z, self.eps), self.scale() if self.scale else None)
 
 
@@ -256,26 +306,33 @@ def named_scale_vectors(model):
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ScaleVector)]
 
 
-def check_vectors(model):
-    """Raise ValueError if a map reads or applies a vector of a map that the model no longer has."""
-    present = {None, *model.modules()}
+def check_maps(model):
+    """Raise ValueError if a norm or a map relies on a map that the model no longer has."""
+    present = set(model.modules())
     for name, m in model.named_modules():
-        if isinstance(m, ScaledLinear) and not {m.scale_in, *m.takes_over} <= present:
-            raise ValueError(f"{name} uses a scale vector of a map that the model does not have: if"
-                             " one was replaced, make those that share a vector with it anew")
+        relies_on = m.maps if isinstance(m, PreNorm) else []
+        if isinstance(m, ScaledLinear):
+            relies_on = [other for other, _ in m.absorbs] + m.absorbed_by
+        if not present.issuperset(relies_on):
+            raise ValueError(f"{name} relies on a map that was replaced: make all of them anew")
 
 
 @torch.no_grad()
 def fold_scale_vectors(model):
     """A copy of equal outputs in which every absorbable γ has been multiplied into a weight, and
     the others are written as plain γ (ours)."""
-    check_vectors(model)
+    check_maps(model)
     model = copy.deepcopy(model)
+    for norm in model.modules():
+        if isinstance(norm, PreNorm) and norm.scale and norm.scale.absorbable:
+            for m in norm.maps:
+                m.scale_in = norm.scale  # each map its own, and all equal
+            norm.scale = None
     maps = [m for m in model.modules() if isinstance(m, ScaledLinear) and not m.tied]
     for m, W in zip(maps, [m.effective_weight() for m in maps]):
         m.weight = nn.Parameter(W.to(m.weight.dtype))  # one that two maps share becomes two
-        m.scale_in, m.takes_over, m.placement = None, [], m.placement._replace(weight=input_weight)
-        if m.placement.output is None or m.hands_over:
+        m.scale_in, m.absorbs, m.placement = None, [], m.placement._replace(weight=input_weight)
+        if m.placement.output is None or m.absorbed_by:
             m.scale_out = None
     for _, vector in named_scale_vectors(model):
         vector.alpha = nn.Parameter(vector().clone())
@@ -300,7 +357,7 @@ def weight_decay_groups(model, weight_decay, policy):
     decay, other parameters of one dimension or none do not, and scale vectors do by the policy: a
     name in SCALE_DECAY_POLICIES, or a function as there. A parameter's name tells layer, map and
     side, γ_b or γ_a, and part: "layers.3.attn.q.scale_in.alpha"."""
-    check_vectors(model)
+    check_maps(model)
     decays = SCALE_DECAY_POLICIES[policy] if isinstance(policy, str) else policy
     vectors = {p: m for _, m in named_scale_vectors(model) for p in m.parameters()}
     groups = {name: [] for name in ("matrices", "others", "scale_decayed", "scale")}
@@ -316,110 +373,26 @@ def weight_decay_groups(model, weight_decay, policy):
 
 # ---- 9. the product W̃ x, fast ------------------------------------------------------------------
 
-# the public name came with PyTorch 2.10
-grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+def fused(x, maps, routing=None):
+    """[m(x) for m in maps] as one product of their stacked effective weights, in x's dtype.
+    routing: for stacks of experts, with products and vectors for each row: see fast.Routing."""
+    copies = [padded_weight(m, x.dtype) for m in maps]  # cast before they are stacked
+    W = copies[0]
+    if len(copies) > 1:
+        W = torch.cat(copies, dim=-2)
+    y = F.linear(x, W) if routing is None else routing.product(x, W)
+    ys = y.split([W.size(-2) for W in copies], dim=-1)
+    return [m.output(y, routing) for m, y in zip(maps, ys)]
 
 
-class Routing(NamedTuple):
-    """The expert that each row of x meets, where x (N, d) is sorted by expert."""
-    expert: torch.Tensor  # (N,) its number
-    ends: torch.Tensor  # (E,) int32: where each expert's rows end
-
-
-def pre_norm(x, maps, eps=1e-6, normalized=None):
-    """What the maps read of a residual stream x (..., d): Norm(x), or x itself where each of them
-    undoes any factor. DNP does: with Norm(x) = x / r, Norm(W(γ_b ⊙ x / r)) = Norm(W(γ_b ⊙ x))
-    (FlashNorm, arXiv 2407.09577). With ε in both, DNP's would have to be ε r². Give such maps ε²
-    as their eps: it differs by a relative 1e-6 or so, and by nothing as ε goes to 0.
-    normalized: Norm(x), where the caller has it."""
-    if all(m.placement.undoes_factor for m in maps):
-        return x
-    return rms_norm(x, eps) if normalized is None else normalized.to(x.dtype)
-
-
-def products(x, maps, routing=None, pad=False):
-    """[W̃ x for each map] as one product of their stacked effective weights, in x's dtype. A γ_b
-    that all of them share is multiplied into x instead, as in every Llama. pad: in bfloat16 the
-    copies of W̃ get zero rows up to multiples of 8, the alignment that tensor cores need, and so
-    does y. Where x ends in such channels, the copies get zero columns."""
-    shared = maps[0].scale_in
-    on_x = (shared is not None and len(shared.shape) == 1
-            and all(m.scale_in is shared and "v" in m.placement.factors for m in maps))
-    x = scale(x, shared()) if on_x else x
-    pad = pad and x.dtype == torch.bfloat16 and all(
-        m.placement.output is None or m.placement.keeps_zeros for m in maps)
-    copies = []
-    for m in maps:
-        W = m.effective_weight(with_v=not on_x).to(x.dtype)  # cast before they are stacked
-        rows = -W.size(-2) % 8 if pad else 0
-        columns = appended(x, W.size(-1), possible=x.dtype == torch.bfloat16)
-        copies.append(F.pad(W, (0, columns, 0, rows)) if rows or columns else W)
-    W = torch.cat(copies, dim=-2) if len(copies) > 1 else copies[0]
-    return product(x, W, routing).split([W.size(-2) for W in copies], dim=-1)
-
-
-def fused(x, maps, routing=None, pad=False):
-    """[m(x) for m in maps] as one product. pad: only for what a ScaledLinear reads again, after
-    operations that keep zeros; see products."""
-    return [m.output(y, routing) for m, y in zip(maps, products(x, maps, routing, pad))]
-
-
-def product(x, W, routing=None):
-    """W x, (..., d) -> (..., m). With routing, x (N, d) and W (E, m, d): each row by its expert."""
-    if routing is None:
-        return F.linear(x, W)
-    if x.dtype == torch.bfloat16:
-        return grouped_mm(x, W.mT, offs=routing.ends)
-    counts = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(part, W_e) for part, W_e in zip(x.split(counts), W)])
+def padded_weight(m, dtype):
+    """W̃ in the activations' dtype, with the zeros of m.pad in all but float32: tensor cores need
+    widths that are multiples of 8."""
+    W = m.effective_weight().to(dtype)
+    columns, rows = (0, 0) if dtype == torch.float32 else m.pad
+    return F.pad(W, (0, columns, 0, rows)) if columns or rows else W
 
 
 def scale(x, gamma):
-    """γ ⊙ x, in x's dtype. Where x ends in channels that `products` appended, so does γ."""
-    if gamma is None:
-        return x
-    if columns := appended(x, gamma.size(-1)):
-        gamma = F.pad(gamma, (0, columns))
-    return (x * gamma).to(x.dtype)
-
-
-def appended(x, width, possible=True):
-    """How many zero channels `products` has appended to x. Raises ValueError on another width."""
-    columns = x.size(-1) - width
-    if columns and not (possible and columns == -width % 8):
-        raise ValueError(f"the input has {x.size(-1)} channels, and {width} are expected")
-    return columns
-
-
-def per_row(gamma, routing):
-    """γ[expert] (N, d) for a stack of experts, γ (E, d). It is a one-hot product because its
-    backward pass is then a product too, not a scatter-add."""
-    if gamma is None or routing is None or gamma.ndim == 1:
-        return gamma
-    return F.one_hot(routing.expert, len(gamma)).to(gamma.dtype) @ gamma
-
-
-def compute_scale_vectors(model):
-    """[(ScaleVector, γ)] of all that are not their own parameter. Equal shapes are one batch, so
-    that a few kernels do the work of the whole model."""
-    batches, computed = {}, []
-    for _, m in named_scale_vectors(model):
-        if m.reparam != "none":
-            batches.setdefault((m.reparam, m.shape, torch.is_tensor(m.beta)), []).append(m)
-    for (reparam, _, has_beta), batch in batches.items():
-        alpha = torch.stack([m.alpha for m in batch])
-        beta = torch.stack([m.beta for m in batch]) if has_beta else batch[0].beta
-        computed += zip(batch, reparameterize(reparam, beta, alpha))
-    return computed
-
-
-@contextlib.contextmanager
-def cached_scale_vectors(computed):
-    """Within it, ScaleVectors return what compute_scale_vectors gave, which must be up to date."""
-    try:
-        for m, gamma in computed:
-            m.cached = gamma
-        yield
-    finally:
-        for m, _ in computed:
-            m.cached = None
+    """γ ⊙ x, in x's dtype. None stands for all ones."""
+    return x if gamma is None else (x * gamma).to(x.dtype)

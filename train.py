@@ -70,8 +70,8 @@ def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, s
         batches.fetch()  # the next one, while the device is busy
         ((cross_entropy + auxiliary) / batches.micro_steps).backward()
         loss += cross_entropy.detach() / batches.micro_steps
-        if model.router_stats is not None:
-            routers += model.router_stats / batches.micro_steps
+        if model.routers is not None:
+            routers += model.routers.detach() / batches.micro_steps
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     numbers = torch.stack((loss, grad_norm, torch.full_like(loss, stop)))
     if torch.is_tensor(routers):

@@ -26,6 +26,7 @@ import torch
 from bench.plain import NanoGPT, PlainGPT
 from bench.timing import machine, spread, timed, versions
 from lib.config import load_config
+from lib.count import flops_per_token
 from lib.disk import write_whole
 from lib.process import Process, compile_model
 from model import GPT
@@ -180,8 +181,8 @@ def describe(contestant, seconds, tokens):
             ratios = [a / b for a, b in zip(own, seconds[other])]
             row[f"time_over_{other}"] = spread(ratios)
     if peak := contestant.process.peak_flops():
-        row["mfu"] = rate * contestant.model.flops_per_token() / peak
-        row["mfu_causal"] = rate * contestant.model.flops_per_token(causal=True) / peak
+        row["mfu"] = rate * flops_per_token(contestant.model) / peak
+        row["mfu_causal"] = rate * flops_per_token(contestant.model, causal=True) / peak
     return row
 
 

@@ -81,7 +81,7 @@ class PlainGPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.compute_dtype, self.router_stats = config, None, None
+        self.config, self.compute_dtype, self.routers = config, None, None
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList([self.block(config) for _ in range(config.n_layer)])
         self.norm = self.final_norm(config.n_embd, config.norm_eps)
@@ -121,12 +121,6 @@ class PlainGPT(nn.Module):
             groups["hidden" if hidden else "others"].append((name, p))
         return [{"name": name, "params": params, "weight_decay": weight_decay, "lr_scale": 1.0}
                 for name, params in groups.items()]
-
-    def flops_per_token(self, causal=False):
-        c = self.config
-        products = {m.weight for m in self.modules() if isinstance(m, Linear)}
-        attention = (6 if causal else 12) * c.n_layer * c.n_embd * c.block_size
-        return 6 * sum(W.numel() for W in products) + attention
 
 
 class NanoGPT(PlainGPT):

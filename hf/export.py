@@ -4,8 +4,8 @@ A trained model for other people's tools: a run becomes a Hugging Face folder.
   python -m hf.export out/quickstart --out exported
 
 Scale vectors that a weight can absorb are folded away. If nothing of ours is left, the folder is a
-stock Llama, Qwen3 or Mixtral. Otherwise it holds our norms.py and model.py beside the weights, for
-trust_remote_code=True. The logits are the same either way.
+stock Llama, Qwen3 or Mixtral. Otherwise it holds our norms.py, fast.py and model.py beside the
+weights, for trust_remote_code=True. The logits are the same either way.
 
   stock_architecture   which of the two, and why
   stock_state          our weights by transformers' names
@@ -27,11 +27,12 @@ from pathlib import Path
 
 import torch
 
+from lib.count import linears
 from norms import PLACEMENTS, fold_scale_vectors, named_scale_vectors
 from sample import load_model, show
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("hf/modeling_scale_vectors.py", "model.py", "norms.py")
+CODE = ("hf/modeling_scale_vectors.py", "model.py", "norms.py", "fast.py")
 AUTO_MAP = {
     "AutoConfig": "modeling_scale_vectors.ScaleVectorsConfig",
     "AutoModel": "modeling_scale_vectors.ScaleVectorsForCausalLM",
@@ -119,7 +120,7 @@ def why_not_stock(model):
 
 def unknown_parameter(model):
     """The name of the first parameter that belongs neither to a map nor to a scale vector."""
-    known = {model.embedding.weight, *(m.weight for _, m in model.scaled_linears())}
+    known = {model.embedding.weight, *(m.weight for m in linears(model))}
     for _, vector in named_scale_vectors(model):
         known.update(vector.parameters())
     return next((name for name, p in model.named_parameters() if p not in known), None)
@@ -135,7 +136,7 @@ def why_not_stock_placement(model):
     normalized = normalized_maps(c)
     if not normalized:
         return None
-    if c.scale_placement != "dual_norm":
+    if not PLACEMENTS[c.scale_placement].divides_by_rms:
         return f"scale_placement={c.scale_placement!r} is not a linear map"
     if others := [name for name in normalized if name not in ("q", "k")]:
         return f"DNP normalizes the output of {', '.join(others)}"
@@ -198,13 +199,13 @@ def stock_config(name, c, tied, ids):
 def stock_state(model, tied):
     """The tensors of a folded GPT by transformers' names. A γ that remains goes where they have
     one; their other γ are 1. A tied head with γ_a becomes a matrix of its own, diag(γ_a) W."""
-    head = model.head
-    u = head.scale_out() if head.scale_out else None
-    W = head.weight if u is None else head.weight * u.unsqueeze(-1)
-    ones = torch.ones(model.config.n_embd)
+    W = model.head.effective_weight()
+    norm = torch.ones(model.config.n_embd)
+    if model.norm.scale:
+        norm = model.norm.scale()
     state = {
         "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": head.scale_in() if head.scale_in else ones,
+        "model.norm.weight": norm,
         "lm_head.weight": W if tied else W.clone(),
     }
     for i, layer in enumerate(model.layers):
@@ -252,7 +253,8 @@ def transformers_model(model, ids):
     name, why = stock_architecture(folded)
     with quiet(transformers):
         if name:
-            tied = model.config.tie_embeddings and not folded.head.scale_out
+            head = folded.head
+            tied = head.tied and torch.equal(head.effective_weight(), head.weight)
             config = stock_config(name, model.config, tied, ids)
             theirs = getattr(transformers, name)(config)
             theirs.load_state_dict(stock_state(folded, tied))
@@ -275,7 +277,7 @@ def write_code(folder):
     for name in CODE:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
-        text = re.sub(r"^from (norms|model) import", r"from .\1 import", text, flags=re.MULTILINE)
+        text = re.sub(r"^from (norms|fast|model) import", r"from .\1 import", text, flags=re.M)
         (folder / path.name).write_text(text, encoding="utf-8")
 
 

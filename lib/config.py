@@ -10,6 +10,7 @@ import __future__
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import math
 import os
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, check_choice, nearest
-from norms import SCALE_DECAY_POLICIES
+from lib.count import active_params
+from model import DEFAULT_PLACEMENTS, GPT, GPTConfig
+from norms import PLACEMENTS, REPARAMS, SCALE_DECAY_POLICIES
 from optim import DECAY_SHAPES, OPTIMIZERS, SCHEDULES
 
 
@@ -75,6 +77,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_values(self)
+        check_shape(self.model)
+        check_scale_vectors(self.model)
         for key in ("out_dir", "dataset"):
             if not getattr(self, key):
                 raise ValueError(f"{key}='' is empty: give a path")
@@ -88,7 +92,7 @@ class TrainConfig:
             if not self.tokens_per_param > 0:
                 raise ValueError(f"tokens_per_param={self.tokens_per_param} with max_iters=0 makes "
                                  f"no step: set one of them")
-            tokens = self.tokens_per_param * meta_model(self).num_params("active")
+            tokens = self.tokens_per_param * active_params(meta_model(self))
             self.max_iters = math.ceil(tokens / tokens_per_step(self))
         if self.warmup_iters > self.max_iters:
             self.warmup_iters = max(1, self.max_iters // 10)
@@ -275,3 +279,91 @@ def share_batch(config, processes):
                          f"not divide by {processes} processes x {micro_steps} micro-batches: "
                          f"change one of the three")
     return total // (processes * micro_steps), micro_steps
+
+
+# ---------------------------------------------------------------------------------------------
+# checks of the model's keys
+
+def nearest(name, names):
+    """"; did you mean ...?", or nothing where no name is near."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_choice(key, value, choices):
+    """Raise ValueError, with the nearest choice, if the value is none of them."""
+    if value not in choices:
+        names = [str(choice) for choice in choices]
+        raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(names)}"
+                         f"{nearest(str(value), names)}")
+
+
+def check_shape(c):
+    """Raise ValueError if no model has this shape."""
+    at_least_1 = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff",
+                  "n_expert_active", "d_expert")
+    at_least_0 = ("n_expert", "d_shared_expert", "n_dense_layer", "load_balance_coef",
+                  "router_z_coef")
+    for least, keys in enumerate((at_least_0, at_least_1)):
+        for key in keys:
+            if getattr(c, key) < least:
+                raise ValueError(f"{key}={getattr(c, key)} must be at least {least}")
+            # beyond these a model is a slip of the finger, and takes minutes to count
+            if getattr(c, key) > (most := 10 ** 4 if key == "n_layer" else 10 ** 7):
+                raise ValueError(f"{key}={getattr(c, key)} must be at most {most}")
+    for key in ("rope_theta", "norm_eps", "init_std"):
+        if not getattr(c, key) > 0:
+            raise ValueError(f"{key}={getattr(c, key)} must be above 0")
+
+    if c.n_embd % c.n_head:
+        nearest = max(1, round(c.n_embd / c.n_head)) * c.n_head
+        raise ValueError(f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}: "
+                         f"choose n_embd={nearest} or another n_head")
+    if c.head_dim % 2:
+        raise ValueError(f"n_embd/n_head={c.head_dim} is odd: rotary positions need it even")
+    if c.n_head % c.n_kv_head:
+        raise ValueError(f"n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}: each "
+                         f"key/value head serves the same number of query heads")
+    if c.n_expert and c.n_expert_active > c.n_expert:
+        raise ValueError(f"n_expert_active={c.n_expert_active} is more than n_expert={c.n_expert}")
+    if c.n_expert and c.n_dense_layer >= c.n_layer:
+        raise ValueError(f"n_dense_layer={c.n_dense_layer} leaves none of n_layer={c.n_layer} "
+                         f"for n_expert={c.n_expert}: lower it")
+    if c.d_shared_expert and not c.n_expert:
+        raise ValueError(f"d_shared_expert={c.d_shared_expert} with n_expert=0: a shared expert "
+                         f"needs routed ones beside it")
+
+
+def check_scale_vectors(c):
+    """Raise ValueError if the scale_* keys name something unknown, normalize twice, or want a γ
+    shared by some of the maps that read a norm."""
+    check_choice("scale_placement", c.scale_placement, PLACEMENTS)
+    check_choice("scale_reparam", c.scale_reparam, REPARAMS)
+    placement = PLACEMENTS[c.scale_placement]
+    if "router" in c.placed_maps:
+        raise ValueError("scale_placement_on cannot name the router: it keeps its γ_b")
+    for key, maps in (("qk_norm", ("q", "k")), ("post_norm", ("o", "down"))):
+        twice = [name for name in maps if name in c.placed_maps]
+        if getattr(c, key) and twice and placement.undoes_factor:
+            raise ValueError(f"{key}=True would normalize what "
+                             f"scale_placement={c.scale_placement!r} has normalized: set "
+                             f"{key}=False, or take {','.join(twice)} out of scale_placement_on")
+
+    if c.scale_heterogeneous or not c.scale_vectors:
+        return
+    for maps in ("q", "k", "v"), ("router", "gate", "up"):
+        maps = [name for name in maps if name != "router" or c.n_expert]
+        with_one = [name for name in maps if has_input_vector(c, name)]
+        if 1 < len(with_one) < len(maps):
+            raise ValueError(f"{' and '.join(with_one)} would share the γ of the norm that "
+                             f"{', '.join(maps)} read, and the other would have none: set "
+                             f"scale_heterogeneous=True, or treat them alike in scale_vectors_on "
+                             f"and scale_placement_on")
+
+
+def has_input_vector(c, name):
+    """Does the map have a γ_b?"""
+    placement = DEFAULT_PLACEMENTS[name]
+    if name in c.placed_maps:
+        placement = c.scale_placement
+    return name in c.vector_maps and placement is not None and "v" in PLACEMENTS[placement].vectors

@@ -19,6 +19,7 @@ import torch
 
 from lib.checkpoint import changed_keys, checkpoints, newest_checkpoint, save_checkpoint
 from lib.config import to_dict, tokens_per_step
+from lib.count import active_params, flops_per_token, num_params, scale_params
 from lib.disk import cannot_write, write_whole
 from lib.lock import hold_lock
 from lib.output import say
@@ -119,7 +120,7 @@ class RunLog:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         rate = tokens_per_step(self.config) / seconds if self.began else None
         peak = self.process.peak_flops()
-        mfu = rate * run.model.flops_per_token() / peak if rate and peak else None
+        mfu = rate * flops_per_token(run.model) / peak if rate and peak else None
         self.write("train", step=step, loss=loss if finite else None, lr=lr, tokens_per_s=rate,
                    grad_norm=grad_norm if finite else None, mfu=mfu)
         shows = step % self.config.log_interval == 0 or step == steps - 1
@@ -225,8 +226,8 @@ def logit_scale(run):
 def describe(run):
     """Print what is about to run."""
     config, process, model, say = run.config, run.process, run.model, run.log.say
-    params, scales = model.num_params(), model.num_params("scale_vectors")
-    active = f" ({model.num_params('active'):,} active)" if config.model.n_expert else ""
+    params, scales = num_params(model), scale_params(model)
+    active = f" ({active_params(model):,} active)" if config.model.n_expert else ""
     tokens, step_tokens = run.dataset.train.tokens, tokens_per_step(config)
     say(f"{params:,} parameters{active}, {scales:,} of them in {len(named_scale_vectors(model))} "
         f"scale vectors ({scales / params:.4%})")
@@ -254,8 +255,8 @@ def summarize(run, val_loss, val_bpb):
     tokens = run.sequences * run.config.model.block_size
     run.log.flush()  # a resumed run that had finished has made no step that would open the log
     summary = {"val_loss": val_loss, "val_bpb": val_bpb, "steps": run.step, "tokens": tokens,
-               "params": run.model.num_params(), "seconds": seconds,
-               "scale_params": run.model.num_params("scale_vectors"),
+               "params": num_params(run.model), "seconds": seconds,
+               "scale_params": scale_params(run.model),
                "tokens_per_s": tokens / max(seconds, 1e-9)}
     write_whole(out / "summary.json", to_json(summary, indent=1), AGAIN)
     draw = f"python -m studies report {out}"

@@ -18,11 +18,8 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
+from lib.count import PEAK_FLOPS
 from lib.output import say
-
-# dense bf16 FLOP/s of the GPUs people train on, by their makers' data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
 # Inductor recomputes short pointwise chains instead of storing them. Its defaults (4, 30) split
 # DNP's backward and store a float32 (N, F) tensor; these limits avoid that.
@@ -39,7 +36,7 @@ def compile_model(model, **how):
     for layer in model.layers:
         looped = getattr(layer, "moe", False) and model.compute_dtype != torch.bfloat16
         (layer.attn if looped else layer).compile(**how)
-    model.loss = torch.compile(model.loss, **how)
+    model.cross_entropy.compile(**how)
 
 
 class Process:

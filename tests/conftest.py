@@ -23,7 +23,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, d_ff=48,
             init_std=0.0)
 # a fork may add others, of which tests of formulas know nothing
-PAPER_PLACEMENTS = ("input", "after", "dual", "dual_norm")
+OUR_PLACEMENTS = ("input", "after", "dual", "dual_norm", "after_norm", "weight_norm")
 UNIFIED = dict(scale_heterogeneous=True, scale_placement="dual_norm", scale_reparam="original")
 EVERYWHERE = "q,k,v,gate,up,head,o,down"
 # one dense layer, then two mixtures; widths that must be padded, as 426, 682 and 853 must

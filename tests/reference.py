@@ -32,13 +32,21 @@ def gamma(vector, e=None):
 
 
 def linear(m, x, eps, e=None, width=None):
-    """γ_a ⊙ W(γ_b ⊙ x), each γ where the map m has it, or its expert e (eqs. 5 and 6). Under DNP,
-    γ_a ⊙ Norm(W(γ_b ⊙ x)), over each `width` channels (eq. 7)."""
+    """γ_a ⊙ W(γ_b ⊙ x), each γ where the map m has it, or its expert e (eqs. 5 and 6). Under DNP
+    and SDD, γ_a ⊙ Norm(W(γ_b ⊙ x)), over each `width` channels (eq. 7). Under weight_norm each row
+    of W is as long as init_std √d."""
     W = m.weight[e] if m.weight.ndim == 3 else m.weight
+    if m.placement is PLACEMENTS["weight_norm"]:
+        W = m.init_std * len(W[0]) ** 0.5 * W / W.norm(dim=1, keepdim=True)
     y = (gamma(m.scale_in, e) * x) @ W.T
-    if m.placement == PLACEMENTS["dual_norm"]:
+    if m.placement in (PLACEMENTS["dual_norm"], PLACEMENTS["after_norm"]):
         y = norm(y.unflatten(-1, (-1, width or len(W))), eps).flatten(-2)
     return gamma(m.scale_out, e) * y
+
+
+def pre_norm(m, x, c):
+    """What the maps of the PreNorm m read; γ where they share one."""
+    return gamma(m.scale) * norm(x, c.norm_eps)
 
 
 def output_norm(m, z, c):
@@ -55,7 +63,8 @@ def rotate(x, theta):
 
 
 def attention(m, x, c):
-    """Query head h reads key/value head h // (H / H_kv). x (B, T, C) is normalized."""
+    """Query head h reads key/value head h // (H / H_kv). x (B, T, C) is the residual stream."""
+    x = pre_norm(m.norm, x, c)
     q, k, v = (linear(f, x, c.norm_eps, width=c.head_dim) for f in (m.q, m.k, m.v))
     q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in (q, k, v))
     q = rotate(output_norm(m.q_norm, q, c), c.rope_theta)
@@ -73,6 +82,7 @@ def swiglu(gate, up, down, x, eps, e=None):
 def mixture(m, x, c):
     """Every expert on every token, with weight 0 where the token has not chosen it; and the
     load-balancing loss (Switch Transformer, eq. 4) with the z-loss (ST-MoE, eq. 5)."""
+    x = pre_norm(m.norm, x, c)
     logits = linear(m.router, x, c.norm_eps)
     p = logits.softmax(-1)
     chosen = p >= p.topk(c.n_expert_active).values[..., -1:]
@@ -94,14 +104,14 @@ def decoder(model, idx, c=None):
     the keys, where they are not to be the model's own."""
     c, x, losses = c or model.config, model.embedding.weight[idx], [torch.zeros(2)]
     for i, layer in enumerate(model.layers):
-        y = attention(layer.attn, norm(x, c.norm_eps), c)
+        y = attention(layer.attn, x, c)
         x = x + output_norm(layer.attn_post_norm, y, c)
-        m, read = layer.mlp, norm(x, c.norm_eps)
+        m = layer.mlp
         if c.n_expert and i >= c.n_dense_layer:
-            y, loss = mixture(m, read, c)
+            y, loss = mixture(m, x, c)
             losses.append(loss)
         else:
-            y = swiglu(m.gate, m.up, m.down, read, c.norm_eps)
+            y = swiglu(m.gate, m.up, m.down, pre_norm(m.norm, x, c), c.norm_eps)
         x = x + output_norm(layer.mlp_post_norm, y, c)
-    logits = linear(model.head, norm(x, c.norm_eps), c.norm_eps)
+    logits = linear(model.head, pre_norm(model.norm, x, c), c.norm_eps)
     return logits, sum(losses) / max(1, len(losses) - 1)

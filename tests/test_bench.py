@@ -17,6 +17,7 @@ from bench import benchmark as bench
 from bench import gpu_check
 from bench.plain import PlainGPT
 from lib.config import load_config
+from lib.count import flops_per_token
 from lib.process import Process
 from model import GPTConfig
 
@@ -28,9 +29,9 @@ STANDS_FOR = {  # parameters of PlainGPT: ours, if they have other names
     "o.weight": ["attn.o.weight"],
     "gate_up.weight": ["mlp.gate.weight", "mlp.up.weight"],
     "down.weight": ["mlp.down.weight"],
-    "norm1.weight": ["attn.q.scale_in.alpha"],
-    "norm2.weight": ["mlp.gate.scale_in.alpha"],
-    "norm.weight": ["head.scale_in.alpha"]}
+    "norm1.weight": ["attn.norm.scale.alpha"],
+    "norm2.weight": ["mlp.norm.scale.alpha"],
+    "norm.weight": ["norm.scale.alpha"]}
 
 
 def test_the_yardstick_is_the_baselines_function():
@@ -51,7 +52,7 @@ def test_the_yardstick_is_the_baselines_function():
         expected = torch.cat([q.grad for q in ours])
         torch.testing.assert_close(p.grad, expected, rtol=0, atol=1e-12)
     for causal in (False, True):
-        assert plain.flops_per_token(causal) == model.flops_per_token(causal)
+        assert flops_per_token(plain, causal) == flops_per_token(model, causal)
     grouped = [p for group in plain.groups(0.1) for _, p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(pairs)
 

@@ -11,6 +11,7 @@ from conftest import ROOT, UNIFIED_CONFIG, refused, tiny_batch
 from test_train import ONE_PROCESS
 
 from lib.config import FIELDS, load_config, meta_model, share_batch, to_dict, tokens_per_step
+from lib.count import num_params
 from optim import learning_rate, set_learning_rate
 from train import set_up
 
@@ -117,7 +118,7 @@ def test_what_the_other_keys_leave_open():
                          (["--min_lr=0"], 0)):
         assert load_config(["--learning_rate=4e-3", *SHORT, *keys]).min_lr == min_lr
     config = load_config(["--n_layer=2", "--n_embd=64", "--n_head=2"])
-    budget, tokens = 100 * meta_model(config).num_params(), tokens_per_step(config)  # the paper's
+    budget, tokens = 100 * num_params(meta_model(config)), tokens_per_step(config)  # the paper's
     assert (config.max_iters - 1) * tokens < budget <= config.max_iters * tokens
 
 

@@ -44,7 +44,7 @@ FORK = re.findall(r"^## (.*)$", (ROOT / "docs/fork.md").read_text(encoding="utf-
 
 
 @pytest.mark.parametrize("heading", FORK)
-def test_fork(heading, namespace, monkeypatch):
+def test_fork(heading, namespace):
     """Its blocks and the tests in them run; each entry that they add keeps to one function."""
     known = [set(entries) for entries in DICTS]
     for code in blocks("docs/fork.md", heading):
@@ -57,12 +57,12 @@ def test_fork(heading, namespace, monkeypatch):
     for name in placements:
         check_claims(name)
         for keys in ({}, {"scale_heterogeneous": True, "scale_reparam": "original"}, MIXTURE):
-            check_one_function(monkeypatch, scale_placement=name, **keys)
+            check_one_function(scale_placement=name, **keys)
         stock, why = stock_architecture(tiny_gpt(n_layer=1, scale_placement=name))
         assert stock is None and name in why
     for name in reparams:
         for placement in ("input", "dual_norm"):
-            check_one_function(monkeypatch, scale_reparam=name, scale_placement=placement,
+            check_one_function(scale_reparam=name, scale_placement=placement,
                                scale_heterogeneous=True)
 
 

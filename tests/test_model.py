@@ -10,14 +10,15 @@ import math
 import pytest
 import reference
 import torch
-from conftest import (COMPILER, EVERYWHERE, MIXTURE, PAPER_PLACEMENTS, TINY, UNIFIED,
+from conftest import (COMPILER, EVERYWHERE, MIXTURE, OUR_PLACEMENTS, TINY, UNIFIED,
                       in_pieces, randomize_scales, tiny_batch, tiny_gpt)
 from torch.nn import functional as F
 
-import model as model_file
 import sample
-from lib.process import INDUCTOR_OPTIONS
-from model import GPTConfig, MoE, scaled_linears
+from lib.config import TrainConfig
+from lib.count import active_params, flops_per_token, linears, num_params
+from lib.process import INDUCTOR_OPTIONS, compile_model
+from model import GPTConfig, MoE
 from norms import fold_scale_vectors, named_scale_vectors
 
 HG = {"scale_heterogeneous": True}
@@ -29,8 +30,8 @@ HG_EVERYWHERE = {**HG, "scale_placement_on": EVERYWHERE}
 # each norm has it.
 EXACT, LARGE = {"norm_eps": 1e-30}, {"norm_eps": 0.1}
 DECODERS = [
-    {"scale_placement": placement, **keys, **(EXACT if placement == "dual_norm" else LARGE)}
-    for placement in PAPER_PLACEMENTS
+    {"scale_placement": placement, **keys, **(EXACT if "_norm" in placement else LARGE)}
+    for placement in OUR_PLACEMENTS
     for keys in ({}, HG_EVERYWHERE, MIXTURE, {**HG_EVERYWHERE, **MIXTURE})]
 DECODERS += [
     {**UNIFIED, **EXACT},
@@ -46,12 +47,11 @@ DECODERS += [
 
 
 @pytest.mark.parametrize("keys", DECODERS, ids=lambda keys: "-".join(map(str, keys.values())))
-def test_the_decoder_is_its_formulas(keys, monkeypatch):
-    """Its logits, also with a cache; and each parameter's gradient of the cross-entropy, in chunks
-    and with targets left out, plus a mixture's auxiliary losses."""
+def test_the_decoder_is_its_formulas(keys):
+    """Its logits, also with a cache; and each parameter's gradient of the cross-entropy, with
+    targets left out, plus a mixture's auxiliary losses."""
     keys = {"load_balance_coef": 0.5, "router_z_coef": 0.25, **keys}
     model = randomize_scales(tiny_gpt(torch.float64, **keys))
-    monkeypatch.setattr(model_file, "CHUNK_ELEMENTS", 300)
     idx, targets = tiny_batch(batch=4)  # 64 tokens: float32 has the experts' shares exactly
     targets[1, 3:] = -1
     close = {"rtol": 1e-10, "atol": 1e-12}
@@ -106,7 +106,7 @@ def test_grouped_bfloat16_products_are_the_mixtures_formula(keys, width):
 # ---- scale vectors -------------------------------------------------------------------------------
 
 BOTH, ABSORBED, NEITHER = (True, True), (False, True), (False, False)  # input_norm, absorbable
-READERS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "head")
+READERS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 MAPS = (*READERS, "attn.o", "mlp.down")
 
 
@@ -116,9 +116,11 @@ def vectors(names, side, role):
 
 NORMS = vectors(("attn.q_norm", "attn.k_norm"), "scale", NEITHER)
 NORMS |= vectors(("attn_post_norm", "mlp_post_norm"), "scale", NEITHER)
-SHARED = vectors(("attn.q", "mlp.gate", "head"), "scale_in", BOTH)  # named after its first map
-IN, OUT = vectors(MAPS, "scale_in", BOTH), vectors(MAPS, "scale_out", ABSORBED)
-IN_HG = vectors(READERS, "scale_in", BOTH)
+SHARED = vectors(("attn.norm", "mlp.norm", "norm"), "scale", BOTH)
+FINAL = vectors(("norm",), "scale", BOTH)  # of one map: it has γ_b with and without HG
+IN = vectors(MAPS, "scale_in", BOTH) | FINAL
+OUT = vectors((*MAPS, "head"), "scale_out", ABSORBED)
+IN_HG = vectors(READERS, "scale_in", BOTH) | FINAL
 
 
 @pytest.mark.parametrize("keys, expected", [
@@ -130,16 +132,23 @@ IN_HG = vectors(READERS, "scale_in", BOTH)
      IN_HG | vectors(("attn.o",), "scale_in", BOTH)
      | vectors(("attn.q", "attn.o"), "scale_out", ABSORBED)),
     ({"scale_placement": "dual_norm", **HG},  # o absorbs γ_a of v, down that of up
-     IN_HG | vectors(READERS, "scale_out", NEITHER)
+     IN_HG | vectors((*READERS, "head"), "scale_out", NEITHER)
      | vectors(("attn.v", "mlp.up"), "scale_out", ABSORBED)),
     ({"qk_norm": True, "post_norm": True}, SHARED | NORMS),
-    ({"tie_embeddings": True}, SHARED | {"head.scale_in": (True, False)}),  # layer 0 reads it too
+    ({"tie_embeddings": True}, SHARED | {"norm.scale": (True, False)}),  # layer 0 reads it too
     ({"scale_vectors": False, "scale_placement": "dual", "qk_norm": True}, {}),
-    ({**MIXTURE, "n_dense_layer": 0}, vectors(("attn.q", "mlp.router", "head"), "scale_in", BOTH)),
+    ({**MIXTURE, "n_dense_layer": 0}, SHARED),
+    ({**MIXTURE, "n_dense_layer": 0, "scale_placement": "after"},  # the router keeps its own
+     vectors((*READERS, "head", "mlp.shared_gate", "mlp.shared_up"), "scale_out", ABSORBED)
+     | vectors(("mlp.router",), "scale_in", BOTH)),
+    ({**HG, "scale_placement": "dual", "scale_vectors_on": "k,gate,o,head", "qk_norm": True},
+     vectors(("attn.k", "mlp.gate"), "scale_in", BOTH) | FINAL | vectors(
+        ("attn.k", "mlp.gate", "head"), "scale_out", ABSORBED)
+     | vectors(("attn.q_norm", "attn.k_norm"), "scale", NEITHER)),
     ({**MIXTURE, "n_dense_layer": 0, **HG},
      IN_HG | vectors(("mlp.router", "mlp.shared_gate", "mlp.shared_up"), "scale_in", BOTH)),
 ], ids=["shared", "HG", "AP", "DP", "DP on q, o", "DNP", "output norms", "tied", "none", "mixture",
-        "HG mixture"])
+        "AP mixture", "chosen maps", "HG mixture"])
 def test_scale_vectors_and_their_roles(keys, expected):
     found = named_scale_vectors(tiny_gpt(**{**keys, "n_layer": 1}))
     assert expected == {name.removeprefix("layers.0."): (vector.input_norm, vector.absorbable)
@@ -158,25 +167,19 @@ def test_how_variants_start():
         std = 0.03 / math.sqrt(2 * 3) if name.endswith((".o.weight", "down.weight")) else 0.03
         assert abs(W.std() / std - 1) < 0.1 and abs(W.mean()) < 0.1 * std, name
     assert GPTConfig(n_embd=144, init_std=0.0).init_std == 1 / 12
-    for placement, hg in itertools.product(PAPER_PLACEMENTS, (False, True)):
+    for placement, hg in itertools.product(OUR_PLACEMENTS, (False, True)):
         model = tiny_gpt(scale_placement=placement, scale_heterogeneous=hg, **keys)
         state = model.state_dict()
         assert all(torch.equal(state[name], W) for name, W in matrices.items())
         same = torch.allclose(model(idx)[0], baseline(idx)[0], rtol=0, atol=1e-6)
-        assert same == (placement != "dual_norm"), placement
+        assert same == (placement in ("input", "after", "dual")), placement
 
 
 def test_a_copy_has_no_compiled_code_of_its_model():
     model = tiny_gpt()
-    model.loss = torch.compile(model.loss)
-    model.compile()
+    compile_model(model)
     for copied in (copy.deepcopy(model), fold_scale_vectors(model)):
-        assert copied.loss.__self__ is copied and copied._compiled_call_impl is None
-
-
-def test_a_map_that_no_list_names_is_refused():
-    with pytest.raises(ValueError, match="'g' is in neither MAPS nor READS_A_NORM"):
-        scaled_linears(GPTConfig(), 768, {"q": (768,), "g": (768,)})
+        assert not any(m._compiled_call_impl for m in copied.modules())
 
 
 # ---- what it costs -------------------------------------------------------------------------------
@@ -191,27 +194,26 @@ def test_flops_and_active_parameters():
     for keys, weights, L in (
             ({}, dense, 2), (UNIFIED, dense, 2), ({**UNIFIED, **MIXTURE}, mixture, 3)):
         model = tiny_gpt(**keys)
-        assert model.flops_per_token() == 6 * weights + 12 * L * C * T
-        assert model.flops_per_token(causal=True) == 6 * weights + 6 * L * C * T
+        assert flops_per_token(model) == 6 * weights + 12 * L * C * T
+        assert flops_per_token(model, causal=True) == 6 * weights + 6 * L * C * T
     idle = 2 * (expert + 2 * C + 2 * (21 + 1))
-    assert model.num_params() - model.num_params("active") == idle
-    with pytest.raises(ValueError, match="num_params"):
-        model.num_params("all")
+    assert num_params(model) - active_params(model) == idle
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[
     pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")])])
 @pytest.mark.parametrize("keys", [{}, UNIFIED], ids=["baseline", "unified"])
 def test_what_a_loss_in_bfloat16_keeps(keys, compiled):
-    """Of the size of the logits autograd keeps, by storage, W̃ x of the head, once, in the compute
-    dtype, under DNP too. Compiled, the loss has no chunks. Parameters and loss stay float32."""
+    """Of the size of the logits autograd keeps one tensor, by storage, under DNP too: compiled the
+    logits in the compute dtype, eagerly the cross-entropy's float32 log-probabilities. Parameters
+    and loss stay float32."""
     model = tiny_gpt(vocab_size=4096, block_size=64, n_layer=1, **keys)
     model.compute_dtype = torch.bfloat16
     idx, targets = tiny_batch(batch=4, length=64, vocab=4096)
     logits, kept = idx.numel() * 4096, {}
     if compiled:
         torch._dynamo.reset()
-        model.loss = torch.compile(model.loss, dynamic=False, options=INDUCTOR_OPTIONS)
+        model.cross_entropy.compile(dynamic=False, options=INDUCTOR_OPTIONS)
 
     def remember(tensor):
         storage = tensor.untyped_storage()
@@ -221,7 +223,7 @@ def test_what_a_loss_in_bfloat16_keeps(keys, compiled):
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
         loss = model(idx, targets)[1]
-    assert list(kept.values()) == [logits * 2]
+    assert list(kept.values()) == [logits * (2 if compiled else 4)]
     loss.backward()
     assert model(idx)[0].dtype == torch.bfloat16
     assert {loss.dtype, *(p.dtype for p in model.parameters())} == {torch.float32}
@@ -281,12 +283,16 @@ def test_generate():
     (dict(d_shared_expert=8), "d_shared_expert=8 with n_expert=0"),
     (dict(scale_placement="both"), "scale_placement='both' is unknown: choose one of input, after"),
     (dict(scale_reparam="orignal"), r"did you mean original\?"),
-    (dict(scale_placement_on="q,x"), "scale_placement_on='x' is unknown: choose one of q, k,"),
+    (dict(scale_placement_on="q,x"), "there is no map 'x': scale_placement_on and"),
+    (dict(scale_vectors_on="q,gat"), "there is no map 'gat'"),
+    (dict(scale_placement_on="q,router"), "cannot name the router"),
+    (dict(scale_vectors_on="k,v,gate,up"), "k and v would share the γ of the norm that q, k, v re"),
+    (dict(scale_placement="after", scale_placement_on="up", n_expert=4), "router and gate would"),
     (dict(scale_placement="dual_norm", qk_norm=True),
      "set qk_norm=False, or take q,k out of scale_placement_on"),
     (dict(scale_placement="dual_norm", scale_placement_on="o", post_norm=True),
      "set post_norm=False, or take o out")])
 def test_impossible_configurations(keys, message):
     with pytest.raises(ValueError, match=message) as error:
-        GPTConfig(**{**TINY, **keys})
+        TrainConfig(model=GPTConfig(**{**TINY, **keys}))
     assert "\n" not in str(error.value)

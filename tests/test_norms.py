@@ -8,11 +8,12 @@ import itertools
 import pytest
 import reference
 import torch
-from conftest import PAPER_PLACEMENTS
+from conftest import OUR_PLACEMENTS
 
+from fast import MeanSquare, Routing, by_gram, long_map, together
 from norms import (
-    PLACEMENTS, REPARAMS, OutputNorm, Routing, ScaledLinear, ScaleVector, cached_scale_vectors,
-    fold_scale_vectors, fused, pre_norm, rms_norm, scale, share_input_scale, weight_decay_groups)
+    PLACEMENTS, REPARAMS, OutputNorm, PreNorm, ScaledLinear, ScaleVector, fold_scale_vectors,
+    rms_norm, scale, weight_decay_groups)
 
 
 def random(*shape, seed=0):
@@ -58,22 +59,22 @@ def test_scale_vector(reparam):
         close(one(), reference.gamma(one))
 
 
-@pytest.mark.parametrize("placement", [*PAPER_PLACEMENTS, None])
+@pytest.mark.parametrize("placement", [*OUR_PLACEMENTS, None])
 def test_placement(placement):
-    """Whole and, under DNP, by heads of 4; and rows that are sorted by expert, each by its expert's
-    matrix and vectors, also where one has no rows."""
+    """Whole and, under DNP, by heads of 4; and rows that go to two experts of three each, by their
+    matrices and vectors, also where one has no rows."""
     x = random(3, 6)
     for width, vectors in itertools.product((None, 4), (True, False)):
-        m = scaled_linear((8, 6), placement, vectors=vectors, norm_width=width, eps=0.1)
+        m = scaled_linear(
+            (8, 6), placement, vectors=vectors, norm_width=width, eps=0.1, init_std=0.3)
         assert vectors or [name for name, _ in m.named_parameters()] == ["weight"]
         close(m(x), reference.linear(m, x, 0.1, width=width))
-    m = scaled_linear((2, 4, 6), placement, eps=0.1)
-    for counts in ((2, 1), (0, 3), (3, 0)):
-        counts = torch.tensor(counts)
-        routing = Routing(torch.arange(2).repeat_interleave(counts), counts.cumsum(0).int())
-        rows = x.split(counts.tolist())
-        parts = [reference.linear(m, part, 0.1, e) for e, part in enumerate(rows)]
-        close(m(x, routing), torch.cat(parts))
+    m = scaled_linear((3, 4, 6), placement, eps=0.1)
+    for expert in ([[2, 0], [1, 2], [0, 1]], [[0, 2]] * 3, [[1, 0]] * 3):
+        routing = Routing(torch.tensor(expert), 3)
+        found = routing.unsort(m(routing.sort(x), routing))
+        close(found, torch.stack([torch.stack([reference.linear(m, row, 0.1, e) for e in chosen])
+                                  for row, chosen in zip(x, expert)]))
 
 
 @pytest.mark.parametrize("reparam", ["original", "exponential"])
@@ -86,13 +87,13 @@ def test_a_length_that_a_norm_undoes_is_not_trained(reparam):
         assert m.scale_out is None or torch.is_tensor(m.scale_out.beta)
 
 
-def test_maps_that_share_a_vector_keep_the_length_that_one_of_them_needs():
+def test_a_shared_vector_keeps_the_length_that_one_map_needs():
     """Who shares: test_model.test_scale_vectors_and_their_roles."""
-    q, k, v = (scaled_linear((4, 6), placement, reparam="original")
-               for placement in ("dual_norm", "after", "input"))
-    share_input_scale([q, k, v])
-    assert k.scale_in is None and q.scale_in is v.scale_in and torch.is_tensor(q.scale_in.beta)
-    assert [len(m.state_dict()) for m in (q, k, v)] == [5, 3, 1]  # it has one name, q's
+    for placements, trained in ((("dual_norm", "input"), True), (["dual_norm"] * 2, False)):
+        maps = [scaled_linear((4, 6), placement, reparam="original") for placement in placements]
+        norm = PreNorm(maps)
+        assert torch.is_tensor(norm.scale.beta) == trained
+        assert not any(m.scale_in for m in maps)
 
 
 def test_dnp_undoes_the_pre_norm():
@@ -104,11 +105,11 @@ def test_dnp_undoes_the_pre_norm():
         for eps, tolerance in ((1e-6, 1e-6), (1e-30, 1e-14)):
             m.eps = eps
             expected = reference.linear(m, reference.norm(x, eps), eps)
-            m.eps = eps ** 2
-            found = m(pre_norm(x, [m], eps))
+            found = m(PreNorm([m], shared=False, eps=eps)(x))
             assert (found - expected).norm() < tolerance * expected.norm()
     for other in (name for name, p in PLACEMENTS.items() if not p.undoes_factor):
-        close(pre_norm(x, [m, scaled_linear((4, 6), other)]), rms_norm(x))
+        norm = PreNorm([m, scaled_linear((4, 6), other)], shared=False, eps=0.1)
+        close(norm(x), rms_norm(x, 0.1))
 
 
 def test_scaling_rounds_the_product_only():
@@ -118,32 +119,31 @@ def test_scaling_rounds_the_product_only():
 
 
 def test_refusals():
-    """An input of another width, of one map or of several; a γ that cannot be shared; a norm over
-    heads after zeros were appended."""
-    x, (a, b) = torch.ones(2, 8), (ScaledLinear((5, 6), "dual_norm") for _ in range(2))
-    for read in (a, lambda x: fused(x, [a, b]), ScaledLinear((5, 6), None), OutputNorm(6)):
-        for wrong in (x, x[:, :4], x[:, :7].bfloat16()):
-            with pytest.raises(ValueError, match=f"has {wrong.size(-1)} channels, and 6 are"):
-                read(wrong)
-    for other in (ScaledLinear((5, 4), "input"), ScaledLinear((5, 6), "input", reparam="original")):
-        with pytest.raises(ValueError, match="must read equal widths"):
-            share_input_scale([ScaledLinear((5, 6), "input"), other])
-    with pytest.raises(ValueError, match="give pad=False"):
-        fused(x[:, :6].bfloat16(), [ScaledLinear((10, 6), "dual_norm", norm_width=5)], pad=True)
+    """A γ that cannot be shared; a γ_a of fewer channels, whose heads nobody names."""
+    q, k, v = (ScaledLinear((5, 6), placement) for placement in ("input", "after", "dual"))
+    other = ScaledLinear((5, 6), "input", reparam="original")
+    for maps in ([q, k, v], [q, other]):
+        with pytest.raises(ValueError, match="share a γ_b all must have one, written in"):
+            PreNorm(maps)
+    assert PreNorm([q, k]).scale is None and q.scale_in and not k.scale_in
+    o, v = ScaledLinear((6, 8), None), ScaledLinear((4, 6), "dual_norm", norm_width=2)
+    for head_dim in (None, 3):
+        with pytest.raises(ValueError, match="8 inputs cannot absorb γ_a of 4 channels: give"):
+            o.absorb(v, head_dim=head_dim)
 
 
 @pytest.mark.parametrize("replaced", ["q", "v"])
 def test_a_map_that_is_replaced_leaves_no_vector_behind(replaced):
-    """q has the γ that k and v read; o applies v's γ_a."""
-    o = ScaledLinear((6, 6), None)
-    maps = {name: ScaledLinear((6, 6), "input") for name in "qk"}
-    maps |= {"v": ScaledLinear((6, 6), "dual_norm", absorbed_by=o), "o": o}
-    share_input_scale([maps["q"], maps["k"]])
-    model = torch.nn.ModuleDict(maps)
+    """q reads a norm's γ with k; o applies v's γ_a."""
+    model = torch.nn.ModuleDict({name: ScaledLinear((6, 6), "input") for name in "qk"})
+    model.update({"v": ScaledLinear((6, 6), "dual_norm"), "o": ScaledLinear((6, 6), None)})
+    model["norm"] = PreNorm([model["q"], model["k"]])
+    model["o"].absorb(model["v"])
     weight_decay_groups(model, 0.1, "all")
     model[replaced] = ScaledLinear((6, 6), "input")
+    user = "norm" if replaced == "q" else "o"
     for use in (fold_scale_vectors, lambda model: weight_decay_groups(model, 0.1, "all")):
-        with pytest.raises(ValueError, match=f"^{'k' if replaced == 'q' else 'o'} uses a scale"):
+        with pytest.raises(ValueError, match=f"^{user} relies on a map that was replaced"):
             use(model)
 
 
@@ -163,12 +163,87 @@ def test_folding_keeps_the_weights_type():
     assert torch.equal(folded.weight, m.effective_weight().bfloat16())
 
 
-def test_nothing_stays_cached_after_an_error():
+def gradients(vectors):
+    """A function of all γ, and its gradient for each parameter."""
+    value = sum((i + 1) * vector().cos().sum() for i, vector in enumerate(vectors))
+    parameters = [p for vector in vectors for p in vector.parameters()]
+    return [value, *torch.autograd.grad(value, parameters)]
+
+
+def test_vectors_computed_together():
+    """Values and gradients are those of each alone, for γ of two shapes, with β, with a β that is
+    constant, and without; and nothing stays after an error."""
+    for reparam in REPARAMS:
+        vectors = [ScaleVector(shape, True, True, reparam, length=length).double()
+                   for shape in ((5,), (3, 4)) for length in (True, False) for _ in range(2)]
+        for i, p in enumerate(p for vector in vectors for p in vector.parameters()):
+            p.data += random(*p.shape, seed=i)
+
+        expected = gradients(vectors)
+        with together(vectors):
+            found = gradients(vectors)
+        for a, b in zip(found, expected):
+            close(a, b)
     vector = ScaleVector((5,), True, True, "original")
-    with pytest.raises(ZeroDivisionError), cached_scale_vectors([(vector, 2 * torch.ones(5))]):
-        assert (vector() == 2).all()
+    with pytest.raises(ZeroDivisionError), together([vector]):
+        torch.nn.init.constant_(vector.beta, 2)
+        assert (vector() == 1).all()
         raise ZeroDivisionError
-    assert (vector() == 1).all()
+    assert (vector() == 2).all()
+
+
+# ---- the head by its Gram matrix -----------------------------------------------------------------
+
+@pytest.mark.parametrize("placement", ["dual_norm", "after_norm"])
+@pytest.mark.parametrize("reparam", REPARAMS)
+def test_the_gram_way_is_the_same_function(placement, reparam):
+    """In float64, in value and every gradient; few rows go the direct way."""
+    m = scaled_linear((160, 8), placement, reparam=reparam, eps=0.1)
+    x = random(2, 20, 8).requires_grad_()
+    probe = random(2, 20, 160)
+    found, direct = by_gram(m, x), m(x)
+    close(found, direct)
+    wanted = [x, *m.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * probe).sum(), wanted) for y in (found, direct))):
+        close(a, b, 1e-11)
+    assert torch.equal(long_map(m, x), found) and torch.equal(long_map(m, x[0]), m(x[0]))
+    assert not torch.equal(found, direct)  # they are two ways
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [0, 1, 10, 100])  # of x along a direction that W annihilates
+def test_the_gram_way_rounds_like_a_llamas_head(size):
+    """The worst row of logits against float64: in bfloat16 no worse than half more than that of
+    W Norm(x), whose x is rounded as well. In float32 the squares that cancel show besides."""
+    W, nothing = random(512, 64) / 8, torch.nn.functional.normalize(random(64, seed=1), dim=0)
+    m = ScaledLinear((512, 64), "dual_norm", eps=1e-12).double()
+    m.weight.data = W - torch.outer(W @ nothing, nothing)
+    m.scale_out.alpha.data += random(512).tanh() / 2
+    x = random(512, 64, seed=2) + size * 8 * nothing
+    rounded = ScaledLinear((512, 64), "dual_norm", eps=1e-12)
+    rounded.load_state_dict(m.state_dict())
+
+    def worst(found, expected):
+        return ((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = rms_norm(x.to(dtype)) @ rounded.effective_weight().to(dtype).T
+        plain = worst(plain, rms_norm(x) @ m.effective_weight().T)
+        cancelled = 2 ** -23 * size ** 2 if dtype == torch.float32 else 0
+        assert worst(by_gram(rounded, x.to(dtype)), m(x)) < 1.5 * plain + cancelled
+
+
+def test_the_gram_matrix_is_wide_and_its_form_never_negative():
+    """Under autocast products would be bfloat16. An x that W annihilates has the length 0."""
+    x, W = random(300, 8).float(), random(160, 8, seed=3).float()
+    expected = (x @ W.T).square().mean(-1, keepdim=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(MeanSquare.apply(x, W), expected, rtol=1e-5, atol=0)
+    nothing = torch.nn.functional.normalize(random(8, seed=4), dim=0).float()
+    W -= torch.outer(W @ nothing, nothing)
+    x = 1000 * random(300).float()[:, None] * nothing
+    assert ((x @ W.T @ W) * x).sum(-1).min() < 0  # rounding alone
+    assert MeanSquare.apply(x, W).min() == 0
 
 
 def test_weight_decay_groups_of_any_model():

@@ -169,20 +169,24 @@ def test_the_gpts_query_weight_moves_as_stated(keys):
     folded(idx, targets)[1].backward()
     attn, q = model.layers[0].attn, model.layers[0].attn.q
     grads = {b: getattr(folded.layers[0].attn, b).weight.grad for b in "qkv"}
-    W, v, G = q.weight.detach().clone(), q.scale_in().detach().clone(), grads["q"]
+    gamma_b = q.scale_in or attn.norm.scale  # its own, or the one that k and v read too
+    W, v, G = q.weight.detach().clone(), gamma_b().detach().clone(), grads["q"]
     if "scale_placement" in keys:
         expected = theory.effective_velocity_dual(W, q.scale_out().detach().clone(), v, G)
     elif "scale_reparam" in keys:  # W moves as ever, γ by -P ∇γ
-        P = theory.original_preconditioner(q.scale_in.beta.detach(), q.scale_in.alpha.detach())
+        P = theory.original_preconditioner(gamma_b.beta.detach(), gamma_b.alpha.detach())
         expected = -(v ** 2 * G + W * (P @ (W * G).sum(0)))
     else:  # a shared γ also moves by the others' <w_j^b, G_j^b>
         others = sum((getattr(attn, b).weight.detach() * grads[b]).sum(0) for b in "kv")
         expected = theory.effective_velocity(W, v, G) - W * others
 
-    before, lr = q.effective_weight().detach(), 1e-6
+    def effective_weight():
+        return q.effective_weight().detach() * (gamma_b().detach() if attn.norm.scale else 1)
+
+    before, lr = effective_weight(), 1e-6
     model(idx, targets)[1].backward()
     torch.optim.SGD(model.parameters(), lr=lr).step()
-    found = (q.effective_weight().detach() - before) / lr
+    found = (effective_weight() - before) / lr
     assert (found - expected).norm() < 1e-5 * expected.norm() and expected.norm() > 1e-3
 
 

@@ -20,6 +20,7 @@ from conftest import (
 import train as program
 from lib.checkpoint import newest_checkpoint
 from lib.config import load_config, meta_model, to_dict
+from lib.count import num_params, scale_params
 from lib.data import Dataset, window_numbers
 from lib.process import Process
 from model import GPT
@@ -65,8 +66,8 @@ def test_run_folder(undisturbed, dataset):
     assert summary["val_bpb"] == pytest.approx(summary["val_loss"] / np.log(2) / per_byte)
     assert summary["steps"] == 12 and summary["tokens"] == 12 * 8 * 32
     model = meta_model(config)
-    assert summary["params"] == model.num_params()
-    assert summary["scale_params"] == model.num_params("scale_vectors")
+    assert summary["params"] == num_params(model)
+    assert summary["scale_params"] == scale_params(model)
     assert {p.name for p in out.iterdir()} == {"ckpt_0000008.pt", "ckpt_0000012.pt", "config.json",
                                                "log.jsonl", "summary.json"}
     assert "a sample" in printed and f"python -m studies report {out}" in printed
@@ -122,7 +123,7 @@ def test_the_first_step_is_the_models(mixture, dataset):
     for half in range(2):
         windows = window_numbers(4 * half, 4, len(opened.train), config.seed)
         model(*map(torch.tensor, opened.train[windows]))
-        stats = stats + model.router_stats / 2
+        stats = stats + model.routers / 2
     for event, expected in zip(events, stats.tolist()):
         found = [event["balance_loss"], event["z_loss"], *event["load"]]
         assert found == pytest.approx(expected, rel=1e-6)

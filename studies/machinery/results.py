@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lib.config import meta_model, tokens_per_step
+from lib.count import flops_per_token
 from lib.disk import write_whole
 from studies.machinery.evidence import bootstrap, by_seed, fit_scaling, judge, summarize
 from studies.machinery.plan import Cell, config_of
@@ -160,7 +161,7 @@ def flops_of(study, model):
     """Floating-point operations of one run of a model."""
     keys = {**model.keys, **({"max_iters": study.steps, "warmup_iters": 1} if study.steps else {})}
     config = config_of(model.config, keys)
-    return meta_model(config).flops_per_token() * config.max_iters * tokens_per_step(config)
+    return flops_per_token(meta_model(config)) * config.max_iters * tokens_per_step(config)
 
 
 def curves(log, matrices):

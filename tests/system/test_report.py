@@ -18,7 +18,7 @@ from studies.machinery.report import (
 
 image = pytest.importorskip("matplotlib.image", reason="needs the optional package matplotlib")
 SCALES = ("layers.0.attn.q.scale_out", "layers.0.attn.q.scale_in", "layers.1.attn.q.scale_in",
-          "layers.0.attn.norm.scale", "head.scale_in")
+          "layers.0.attn.norm.scale", "norm.scale")
 
 
 def write_run(folder, loss=1.5, names=SCALES, **more):
@@ -76,7 +76,7 @@ def test_the_picture_is_of_the_logs_numbers(tmp_path, monkeypatch):
     assert list(seconds.lines[0].get_xdata()) == [0, 8, 16]  # 80 tokens at 10 tokens/s
     assert list(difference.lines[1].get_ydata()) == pytest.approx([0.5] * 3)
     assert [list(line.get_ydata()) for line in logits.lines] == [[5.0] * 3, []]
-    titles = ["γ of attn.norm", "γ_b of attn.q", "γ_a of attn.q", "γ_b of head", "attn.q"]
+    titles = ["γ of attn.norm", "γ_b of attn.q", "γ_a of attn.q", "γ of norm", "attn.q"]
     assert [panel.get_title() for panel in panels] == titles
     assert all(list(line.get_ydata()) == [1.0, 1.2, 1.4] for p in panels[:4] for line in p.lines)
     assert [len(p.lines) for p in panels] == [1, 2, 1, 2, 2]  # a line for each layer and run

@@ -1,0 +1,159 @@
+"""
+Speed that the formulas of norms.py do not show. Nothing here changes a result, up to rounding.
+
+  together   every γ of a model in a few operations, in place of a few for each
+  long_map   DNP over an output that is far longer than the input, as a head's
+  Routing    a mixture's experts as one product
+
+A reader who wants to know what the model computes can leave this file out.
+"""
+import contextlib
+
+import torch
+from torch.nn import functional as F
+
+from norms import REPARAMS, ScaleVector, scale, scale_weight
+
+# ---- every γ at once -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def together(modules):
+    """Within it, the ScaleVectors among the modules return γ from a batch of all that have their
+    shape. A unified model of 4 layers has 42, and one by one they take a tenth of its step on a
+    CPU."""
+    batches = {}
+    for m in modules:
+        if isinstance(m, ScaleVector) and m.reparam != "none":
+            kind = m.reparam, m.alpha.shape, torch.is_tensor(m.beta)
+            batches.setdefault(kind, []).append(m)
+    try:
+        for batch in batches.values():
+            for m, gamma in zip(batch, gammas(batch)):
+                m.computed = gamma
+        yield
+    finally:  # also after an error: a γ from before an update would be wrong
+        for batch in batches.values():
+            for m in batch:
+                m.computed = None
+
+
+def gammas(batch):
+    """γ of each of these ScaleVectors, which have one shape and are written in one way."""
+    first = batch[0]
+    function = REPARAMS[first.reparam].function
+    alpha = torch.stack([m.alpha for m in batch])
+    if first.beta is None:
+        return function(alpha)
+    if not torch.is_tensor(first.beta):
+        return function(first.beta, alpha)
+    return function(torch.stack([m.beta for m in batch]), alpha)
+
+
+# ---- the head ------------------------------------------------------------------------------------
+# All that DNP's Norm needs of an output is its length, one number for each row, and ‖W̃x‖² =
+# xᵀ(W̃ᵀW̃)x, where W̃ᵀW̃ is only (d, d). So γ_a ⊙ Norm(W̃x) = (γ_a ⊙ W̃)(x / RMS(W̃x)): an ordinary
+# product of a rescaled x, and nothing passes over the logits but the loss.
+
+def long_map(m, x):
+    """m(x), x (..., d) -> (..., m), by W̃ᵀW̃ where m has this norm, its output is long, and x has
+    enough rows to pay for it."""
+    d = m.weight.size(-1)
+    long = m.width >= 4 * d and x.numel() >= 4 * d * d
+    if m.placement.divides_by_rms and m.norm_width == m.width and m.weight.ndim == 2 and long:
+        return by_gram(m, x)
+    return m(x)
+
+
+def by_gram(m, x):
+    """m(x) of such an m, by W̃ᵀW̃."""
+    W = m.effective_weight()
+    mean_square = MeanSquare.apply(x.flatten(0, -2), W.to(x.dtype)).view(*x.shape[:-1], 1)
+    x = scale(x, (mean_square + m.eps).rsqrt())
+    u = None
+    if m.scale_out and not m.absorbed_by:
+        u = m.scale_out()
+    return F.linear(x, scale_weight(W, u=u).to(x.dtype))
+
+
+class MeanSquare(torch.autograd.Function):
+    """mean((Wx)²) of each row of x (N, d), W (m, d), as xᵀ(WᵀW)x / m -> (N, 1), in float32 or wider
+    because its terms may cancel."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        gram = wide_product(W.mT, W)
+        y = wide_product(x, gram.to(x.dtype))
+        if x.dtype == torch.bfloat16:  # what that cast has lost
+            y += wide_product(x, (gram - gram.to(x.dtype)).to(x.dtype))
+        ctx.save_for_backward(x, W, y)
+        # rounding can make a sum of terms that cancel negative
+        return (x * y).sum(-1, keepdim=True).clamp(min=0) / len(W)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, y = ctx.saved_tensors
+        grad = grad * (2 / len(W))
+        return (grad * y).to(x.dtype), W @ (x.mT @ (grad * x).to(x.dtype))
+
+
+def wide_product(a, b):
+    """The matrix product a b, in float32 or wider, whatever autocast asks for."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)  # without derivative: hence MeanSquare
+    wide = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(wide) @ b.to(wide)
+
+
+# ---- the mixture ---------------------------------------------------------------------------------
+
+# the public name came with PyTorch 2.10
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+class Routing:
+    """N tokens go to K experts each, expert (N, K): as N K rows, sorted by expert."""
+
+    def __init__(self, expert, n_expert):
+        self.tokens, self.n_expert = expert.shape, n_expert
+        self.order = expert.flatten().argsort(stable=True)
+        self.inverse = self.order.argsort()
+        self.expert = expert.flatten()[self.order]  # of each row
+        counts = F.one_hot(self.expert, n_expert).sum(0)
+        self.ends = counts.cumsum(0).to(torch.int32)  # where each expert's rows end
+
+    def sort(self, x):
+        """Tokens (N, C) -> rows (N K, C): K copies of each."""
+        (N, K), C = self.tokens, x.size(-1)
+        copies = x.unsqueeze(1).expand(N, K, C).reshape(N * K, C)
+        return Permute.apply(copies, self.order, self.inverse)
+
+    def unsort(self, y):
+        """Rows (N K, C) -> (N, K, C)."""
+        return Permute.apply(y, self.inverse, self.order).view(*self.tokens, -1)
+
+    def product(self, x, W):
+        """Each row of x (N K, d) by its expert's matrix, W (E, m, d) -> (N K, m)."""
+        if x.dtype == torch.bfloat16:
+            return grouped_mm(x, W.mT, offs=self.ends)
+        counts = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+        return torch.cat([F.linear(part, W_e) for part, W_e in zip(x.split(counts), W)])
+
+    def per_row(self, gamma):
+        """γ[expert] (N K, d) of a stack γ (E, d). It is a one-hot product because its backward pass
+        is then a product too, not a scatter-add."""
+        return F.one_hot(self.expert, self.n_expert).to(gamma.dtype) @ gamma
+
+
+class Permute(torch.autograd.Function):
+    """x[order] with the gradient grad[inverse], a gather. PyTorch's own backward adds up rows as
+    if they could repeat."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.saved_tensors[0]], None, None
