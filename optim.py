@@ -118,11 +118,11 @@ class Muon(torch.optim.Optimizer):
 class MuonWithAdamW:
     """Muon for the group "hidden", torch.optim.AdamW for the others, used as one optimizer."""
 
-    def __init__(self, groups, lr, betas, momentum, fused):
+    def __init__(self, groups, lr, betas, momentum):
         hidden = [g for g in groups if g["name"] == "hidden"]
         others = [g for g in groups if g["name"] != "hidden"]
         self.parts = [Muon(hidden, lr=lr, momentum=momentum),
-                      torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)]
+                      torch.optim.AdamW(others, lr=lr, betas=betas, fused=True)]
 
     @property
     def param_groups(self):
@@ -137,13 +137,12 @@ class MuonWithAdamW:
             part.zero_grad(set_to_none=set_to_none)
 
 
-def make_optimizer(groups, optimizer="adamw", lr=1e-3, betas=(0.9, 0.95), muon_momentum=0.95,
-                   fused=False):
-    """The optimizer over param_groups' groups. fused: AdamW's one-kernel step, for CUDA."""
+def make_optimizer(groups, optimizer="adamw", lr=1e-3, betas=(0.9, 0.95), muon_momentum=0.95):
+    """The optimizer over param_groups' groups. fused is AdamW's step in one pass, on any device."""
     if optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     if optimizer == "muon":
-        return MuonWithAdamW(groups, lr, betas, muon_momentum, fused)
+        return MuonWithAdamW(groups, lr, betas, muon_momentum)
     raise ValueError(f"optimizer={optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
 
 
@@ -187,10 +186,7 @@ def load_optimizer_state(optimizer, state):
             if value.ndim and value.shape != p.shape:
                 raise ValueError(f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, "
                                  f"the parameter {tuple(p.shape)}")
-        # AdamW keeps its step count on the CPU unless it is fused
-        on_device = part.defaults.get("fused")
-        part.state[p] = {key: value.to(p.device if value.ndim or on_device else "cpu", copy=True)
-                         for key, value in moments.items()}
+        part.state[p] = {key: value.to(p.device, copy=True) for key, value in moments.items()}
 
 
 def set_learning_rate(optimizer, lr):

@@ -58,8 +58,8 @@ class Batches:
 def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, stop):
     """One update from one global batch. parallel: the model, or DistributedDataParallel around it;
     stop: whether this process got a signal. Returns means over the global batch: cross-entropy in
-    nats per token; the gradient's norm before clipping; whether any process got a signal;
-    router_stats as a flat list. No update is made if the first or the second is not finite."""
+    nats per token; the gradient's norm before clipping; whether any process got a signal; what the
+    routers did, as a flat list. No update is made if the first or the second is not finite."""
     optim.set_learning_rate(optimizer, lr)
     loss, routers = 0.0, 0.0
     for micro_step in range(batches.micro_steps):
@@ -111,8 +111,7 @@ def set_up(config, process, dataset, log):
     groups = optim.param_groups(model, config.weight_decay, config.scale_weight_decay,
                                 config.decay_embeddings, config.scale_lr)
     optimizer = optim.make_optimizer(groups, config.optimizer, config.learning_rate,
-                                     (config.beta1, config.beta2), config.muon_momentum,
-                                     fused=process.device.type == "cuda")
+                                     (config.beta1, config.beta2), config.muon_momentum)
     return SimpleNamespace(
         config=config, process=process, dataset=dataset, log=log, model=model, optimizer=optimizer,
         step=0, saved=0,  # updates made; the step of the last checkpoint

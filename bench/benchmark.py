@@ -85,8 +85,7 @@ class Contestant:
                 shared = self.share_matrices(first.model) if first else []
                 groups = param_groups(self.model, config.weight_decay)
         self.model.compute_dtype = process.dtype
-        self.optimizer = make_optimizer(groups, config.optimizer, 1e-5,
-                                        fused=process.device.type == "cuda")
+        self.optimizer = make_optimizer(groups, config.optimizer, 1e-5)
         if first and config.optimizer == "adamw":
             self.optimizer.state.update({p: first.optimizer.state[p] for p in shared})
         self.batches = RandomBatches(config, process.device)

@@ -329,8 +329,7 @@ def optimizers(process, toy):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         for name in ("adamw", "muon"):
-            optimizer = make_optimizer(param_groups(model, 0.1), name, 1e-4,
-                                       fused=process.device.type == "cuda")
+            optimizer = make_optimizer(param_groups(model, 0.1), name, 1e-4)
             optimizer.step()
             seconds = min(timed(optimizer.step) for _ in range(1 if toy else 10))
             found[f"{label}, {name}"] = seconds * 1e3

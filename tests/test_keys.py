@@ -176,6 +176,8 @@ def check_maps(model, c):
             placed = c.scale_placement if kind in c.scale_placement_on.split(",") else rest
             assert m.placement == PLACEMENTS.get(placed, m.placement)
             assert placed or not m.scale_in and not m.scale_out, name
+            if c.scale_vectors_on != "all" and kind not in c.scale_vectors_on.split(","):
+                assert not m.scale_in and not m.scale_out, name
     assert {vector.reparam for _, vector in named_scale_vectors(model)} <= {c.scale_reparam}
 
 
@@ -412,6 +414,8 @@ CASES = {
     "router_z_coef": trains(0.0, 2.0, **MIXTURE),
     # scale vectors: two Pre-Norms in each layer and one before the head, of width 24
     "scale_vectors": trains({False: 0}),
+    "scale_vectors_on": trains({"k,up,head": 5 * 24, "q,v,down": 4 * 24},
+                               scale_heterogeneous=True),
     "scale_heterogeneous": trains({True: (2 * 5 + 1) * 24}),
     "scale_placement": trains({"after": 2 * (3 * 24 + 2 * 45) + 257,
                                "dual": 120 + 2 * (3 * 24 + 2 * 45) + 257,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import sample
 from lib.config import TrainConfig
-from lib.count import active_params, flops_per_token, linears, num_params
+from lib.count import active_params, flops_per_token, num_params
 from lib.process import INDUCTOR_OPTIONS, compile_model
 from model import GPTConfig, MoE
 from norms import fold_scale_vectors, named_scale_vectors

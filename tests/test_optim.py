@@ -116,10 +116,10 @@ def test_state_comes_back_by_name_from_a_file(name, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_cuda_fused_step_agrees_with_the_cpu(name):
+def test_a_step_on_cuda_agrees_with_the_cpus(name):
     cpu, gpu = tiny_gpt(**UNIFIED), tiny_gpt(**UNIFIED).cuda()
-    for model, fused in ((cpu, False), (gpu, True)):
-        optimizer = make_optimizer(param_groups(model, 0.1), name, lr=1e-3, fused=fused)
+    for model in (cpu, gpu):
+        optimizer = make_optimizer(param_groups(model, 0.1), name, lr=1e-3)
         model(*tiny_batch().to(model.cos.device))[1].backward()
         optimizer.step()
     for (key, a), b in zip(cpu.named_parameters(), gpu.parameters()):

@@ -10,7 +10,7 @@ from norms import (PLACEMENTS, Placement, ScaledLinear, fold_scale_vectors, name
                    scale_weight)
 
 
-def squared_after_weight(W, v, u):
+def squared_after_weight(W, v, u, m):
     """γ_a ⊙ (W x), γ_a = u²."""
     return scale_weight(W, u=u if u is None else u * u)
 
