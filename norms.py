@@ -179,10 +179,13 @@ class ScaledLinear(nn.Module):
         self.eps = eps
         self.init_std = init_std or shape[-1] ** -0.5
         self.tied = tied
+
+        # what its neighbours have to do with it: see absorb and padded_weight
         self.absorbs = []  # (map, head_dim) of each map whose γ_a this weight applies
         self.absorbed_by = []  # the map whose weight applies γ_a; a list, or it would be a child
-        self.pad = (0, 0)  # zero columns and rows that W̃ gets: see padded_weight
+        self.pad = (0, 0)  # zero columns and rows that W̃ gets
 
+        # the weight, and the vectors that the placement asks for
         self.weight = nn.Parameter(torch.empty(shape))
         self.scale_in = self.scale_out = None
         if vectors and "v" in p.vectors:
@@ -233,9 +236,7 @@ class ScaledLinear(nn.Module):
             return y
         u = None
         if self.scale_out and not self.absorbed_by:
-            u = self.scale_out()
-            if y.size(-1) > self.width:
-                u = F.pad(u, (0, y.size(-1) - self.width))
+            u = F.pad(self.scale_out(), (0, y.size(-1) - self.width))  # y may end in zeros
             if routing is not None:
                 u = routing.per_row(u)
         return self.placement.output(y, u, self)

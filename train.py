@@ -61,23 +61,32 @@ def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, s
     nats per token; the gradient's norm before clipping; whether any process got a signal; what the
     routers did, as a flat list. No update is made if the first or the second is not finite."""
     optim.set_learning_rate(optimizer, lr)
+
+    # Gradients add up over the micro-steps. Processes share them in the last one only, and the next
+    # micro-batch is fetched while the device is busy
     loss, routers = 0.0, 0.0
     for micro_step in range(batches.micro_steps):
-        if process.world_size > 1:  # all-reduce gradients only in the last micro-step
+        if process.world_size > 1:
             parallel.require_backward_grad_sync = micro_step == batches.micro_steps - 1
         _, cross_entropy = parallel(batches.x, batches.y)
         auxiliary = model.auxiliary_loss()
-        batches.fetch()  # the next one, while the device is busy
+        batches.fetch()
         ((cross_entropy + auxiliary) / batches.micro_steps).backward()
         loss += cross_entropy.detach() / batches.micro_steps
         if model.routers is not None:
             routers += model.routers.detach() / batches.micro_steps
+
+    # the gradient is cut to grad_clip; 0 never cuts, and measures its norm all the same
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+
+    # What is logged is summed over the processes in one reduction, with the signal, so that all of
+    # them stop after the same step. This is the step's one wait for the device
     numbers = torch.stack((loss, grad_norm, torch.full_like(loss, stop)))
     if torch.is_tensor(routers):
         numbers = torch.cat((numbers, routers.flatten()))
-    # the step's one wait for the device
     loss, grad_norm, stop, *routers = (n / process.world_size for n in process.sum(numbers))
+
+    # the update, unless a number is not finite
     if math.isfinite(loss) and math.isfinite(grad_norm):
         optimizer.is_updating = True  # should it fail now, the weights are those of no step
         optimizer.step()
@@ -90,8 +99,11 @@ def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, s
 def evaluate(model, split, config, process):
     """Mean loss, nats per token, over eval_windows windows spread evenly over the split, at most
     all. Processes share them by micro-batches; what fills up the last one does not count."""
-    count, (size, _) = min(len(split), config.eval_windows), share_batch(config, process.world_size)
+    size, _ = share_batch(config, process.world_size)
+    count = min(len(split), config.eval_windows)
     windows = [i * len(split) // count for i in range(count)]
+
+    # each process takes every world_size-th batch; the last one is filled up with targets of -1
     total = torch.zeros(1, device=process.device)
     model.eval()
     for first in range(process.rank * size, count, process.world_size * size):
@@ -156,20 +168,29 @@ def save(run):
 
 def train(config, process):
     """Set-up, then the loop. Returns the exit status: 0, or EXIT_STOPPED after a signal."""
+    # all that can be wrong with the data, the tokenizer or the folder is said before any work
     config.resume = config.resume or process.restarts > 0
     dataset = open_dataset(config, process)
-    encoding = get_encoding(dataset.tokenizer) if config.sample_tokens else None
+    encoding = None
+    if config.sample_tokens:
+        encoding = get_encoding(dataset.tokenizer)
     with contextlib.closing(RunLog(config, process)) as log:
         checkpoint = process.on_main_then_all(lambda: log.lock_and_check(dataset))
+
+        # model and optimizer as they start, or as the checkpoint has them
         run = set_up(config, process, dataset, log)
         if checkpoint:
             resume(run, checkpoint)
         run.batches = Batches(dataset.train, config, process, run.sequences)
+
+        # DistributedDataParallel must know of idle parameters, and come before compiling
         run.idle = without_gradient(run.model)
         run.parallel = process.parallel(run.model, idle=bool(run.idle))
         if process.compile:
             compile_model(run.model)
         describe(run)
+
+        # a signal does not interrupt a step: the loop ends after it
         with stop_signals(tell=process.is_main) as stops:
             result = loop(run, stops)
         if result is None:
@@ -187,6 +208,7 @@ def loop(run, stops):
     config, process, log = run.config, run.process, run.log
     try:
         while True:
+            # a checkpoint, and then an evaluation, are of the weights before this step
             last = run.step >= config.max_iters
             if last:
                 log.check_bad_steps(run.step - 1, most=1)
@@ -197,8 +219,10 @@ def loop(run, stops):
                 val_bpb = log.evaluation(run, val_loss)
             if last:
                 return val_loss, val_bpb
-            began, lr = time.monotonic(), optim.learning_rate(run.step, config)
-            # each step is seeded anew, so that a fork with dropout resumes exactly
+
+            # one update; each step is seeded anew, so that a fork with dropout resumes exactly
+            began = time.monotonic()
+            lr = optim.learning_rate(run.step, config)
             torch.manual_seed(config.seed + run.step * process.world_size + process.rank)
             loss, grad_norm, stop, routers = training_step(
                 run.model, run.parallel, run.optimizer, run.batches, lr, config.grad_clip, process,
@@ -206,6 +230,8 @@ def loop(run, stops):
             run.step += 1
             run.sequences += tokens_per_step(config) // config.model.block_size
             log.step(run, loss, lr, grad_norm, routers, time.monotonic() - began)
+
+            # a signal: all processes know of it since this step
             if stop and run.step < config.max_iters:
                 done = f"{run.step} steps, and {'saved' if save(run) else 'not saved'}"
                 log.say(f"stopped by a signal after {done}: continue with --resume")
