@@ -1,15 +1,16 @@
 """
 Speed that the formulas of norms.py do not show. Nothing here changes a result, up to rounding.
 
-  together   every γ of a model in a few operations, in place of a few for each
-  long_map   DNP over an output that is far longer than the input, as a head's
-  Routing    a mixture's experts as one product
+  gammas_in_batches   every γ of a model in a few operations, in place of a few for each
+  apply_wide          DNP over an output much wider than the input, such as the logits
+  Routing             a mixture's experts as one product
 
 A reader who wants to know what the model computes can leave this file out.
 """
 import contextlib
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from norms import REPARAMS, ScaleVector, scale, scale_weight
@@ -17,10 +18,10 @@ from norms import REPARAMS, ScaleVector, scale, scale_weight
 # ---- every γ at once -----------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def together(modules):
-    """Within it, the ScaleVectors among the modules return γ from a batch of all that have their
-    shape. A unified model of 4 layers has 42, and one by one they take a tenth of its step on a
-    CPU."""
+def gammas_in_batches(modules):
+    """Within it, the ScaleVectors among the modules return a γ that was computed in one batch with
+    all others of its shape. A model of 4 layers with HG, DNP and OR has 42, and one by one they
+    take a tenth of its step on a CPU."""
     batches = {}
     for m in modules:
         if isinstance(m, ScaleVector) and m.reparam != "none":
@@ -52,20 +53,21 @@ def gammas(batch):
 # ---- the head ------------------------------------------------------------------------------------
 # All that DNP's Norm needs of an output is its length, one number for each row, and ‖W̃x‖² =
 # xᵀ(W̃ᵀW̃)x, where W̃ᵀW̃ is only (d, d). So γ_a ⊙ Norm(W̃x) = (γ_a ⊙ W̃)(x / RMS(W̃x)): an ordinary
-# product of a rescaled x, and nothing passes over the logits but the loss.
+# product of a rescaled x, and no norm reads the logits.
 
-def long_map(m, x):
-    """m(x), x (..., d) -> (..., m), by W̃ᵀW̃ where m has this norm, its output is long, and x has
-    enough rows to pay for it."""
+def apply_wide(m, x):
+    """m(x), x (..., d) -> (..., m), by W̃ᵀW̃ if m is one such matrix, and both its output and x's
+    rows are enough to pay for it."""
     d = m.weight.size(-1)
-    long = m.width >= 4 * d and x.numel() >= 4 * d * d
-    if m.placement.divides_by_rms and m.norm_width == m.width and m.weight.ndim == 2 and long:
+    rows = x.numel() // d
+    pays = m.width >= 4 * d and rows >= 4 * d
+    if pays and m.placement.divides_by_rms and m.norm_width == m.width and m.weight.ndim == 2:
         return by_gram(m, x)
     return m(x)
 
 
 def by_gram(m, x):
-    """m(x) of such an m, by W̃ᵀW̃."""
+    """m(x) for a map whose output is normalized as a whole, by W̃ᵀW̃."""
     W = m.effective_weight()
     mean_square = MeanSquare.apply(x.flatten(0, -2), W.to(x.dtype)).view(*x.shape[:-1], 1)
     x = scale(x, (mean_square + m.eps).rsqrt())
@@ -83,23 +85,26 @@ class MeanSquare(torch.autograd.Function):
     def forward(ctx, x, W):
         gram = wide_product(W.mT, W)
         y = wide_product(x, gram.to(x.dtype))
-        if x.dtype == torch.bfloat16:  # what that cast has lost
+        if x.dtype.itemsize == 2:  # what that cast has lost
             y += wide_product(x, (gram - gram.to(x.dtype)).to(x.dtype))
         ctx.save_for_backward(x, W, y)
         # rounding can make a sum of terms that cancel negative
         return (x * y).sum(-1, keepdim=True).clamp(min=0) / len(W)
 
     @staticmethod
+    @once_differentiable  # y is kept as a number
     def backward(ctx, grad):
         x, W, y = ctx.saved_tensors
         grad = grad * (2 / len(W))
-        return (grad * y).to(x.dtype), W @ (x.mT @ (grad * x).to(x.dtype))
+        outer = x.mT @ (grad * x).to(x.dtype)
+        return (grad * y).to(x.dtype), W @ outer
 
 
 def wide_product(a, b):
     """The matrix product a b, in float32 or wider, whatever autocast asks for."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)  # without derivative: hence MeanSquare
+    if a.is_cuda and a.dtype.itemsize == 2:
+        # it has no derivative: hence MeanSquare
+        return torch.mm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(wide) @ b.to(wide)

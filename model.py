@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fast import Routing, long_map, together
+from fast import Routing, apply_wide, gammas_in_batches
 from norms import OutputNorm, PreNorm, ScaledLinear, fused
 
 # The placement of each map that scale_placement_on does not name. Those that read a Norm have a
@@ -62,7 +62,7 @@ class GPTConfig:
         self.d_ff = self.d_ff or int(8 * self.n_embd / 3)
         self.d_expert = self.d_expert or int(2 * self.n_embd / 3)
         self.init_std = self.init_std or self.n_embd ** -0.5
-        # two mistakes that no later error would show; lib/config.py checks the rest
+        # two mistakes that would otherwise pass in silence; lib/config.py checks the rest
         for name in {*self.placed_maps, *self.vector_maps} - DEFAULT_PLACEMENTS.keys():
             raise ValueError(f"there is no map {name!r}: scale_placement_on and scale_vectors_on "
                              f"choose among {', '.join(DEFAULT_PLACEMENTS)}")
@@ -94,7 +94,7 @@ def linear(c, name, shape, **how):
     if kind in c.placed_maps:
         placement = c.scale_placement
 
-    # what writes to the residual stream starts small, so that the stream grows slowly
+    # o and down write to the residual stream: they start small, so that it grows slowly
     std = c.init_std
     if kind in ("o", "down"):
         std /= (2 * c.n_layer) ** 0.5
@@ -123,8 +123,8 @@ def rope_tables(c):
 
 def apply_rope(x, cos, sin):
     """Rotate each head by its position: its halves (a, b) become (a cos - b sin, b cos + a sin).
-    x (B, T, H, D), cos and sin (T, D) -> as x. A flip swaps the halves: Inductor fuses it with
-    the norm before it, and a concatenation it would not."""
+    x (B, T, H, D), cos and sin (T, D) -> as x. A flip swaps the halves, because
+    Inductor fuses it with the norm before it, unlike torch.cat."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # (b, a)
     return (x * cos[:, None] + swapped * sin[:, None]).to(x.dtype)
 
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         super().__init__()
         C, D, kv = c.n_embd, c.head_dim, c.n_kv_head * c.head_dim
         self.head_dim = D
-        # k before q, because weights are drawn in the order of these lines
+        # k before q: weights are drawn in the order of these lines, and a seed keeps its weights
         self.k = linear(c, "k", (kv, C), norm_width=D)
         self.q = linear(c, "q", (C, C), norm_width=D)
         self.v = linear(c, "v", (kv, C), norm_width=D)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """x (B, T, C), the residual stream; cos and sin (T, D) of its positions -> (B, T, C).
         cache: a list, empty or [keys, values] (B, H, ., D) of the positions before x; x's are
-        appended. Then x is a first piece, or one position."""
+        appended. With an empty one x is the whole prompt, with a full one the next position."""
         B, T, C = x.size()
 
         # Pre-Norm, then q, k and v as one product, and each split into heads (B, T, H, D)
@@ -186,8 +186,8 @@ def swiglu(gate, up, down, x, routing=None):
 
 def join_swiglu(gate, up, down):
     """Only operations on single channels stand between these maps. So W_down can apply up's γ_a.
-    And zeros may stand between them, where no claim speaks against it: they round an odd width up
-    to a multiple of 8, which tensor cores need."""
+    And zeros may stand between them, if what follows each product keeps zeros: they round an odd
+    width up to a multiple of 8, which tensor cores need."""
     down.absorb(up)
     if all(m.placement.output is None or m.placement.keeps_zeros for m in (gate, up)):
         zeros = -up.width % 8
@@ -240,7 +240,7 @@ class MoE(nn.Module):
         C, E, F_, S = c.n_embd, c.n_expert, c.d_expert, c.d_shared_expert
         self.n_expert, self.n_active = E, c.n_expert_active
 
-        # the weights are drawn in the order of these lines
+        # weights are drawn in the order of these lines, and a seed keeps its weights
         self.down = linear(c, "down", (E, C, F_))
         self.shared_down = linear(c, "shared_down", (C, S)) if S else None
         self.gate = linear(c, "gate", (E, F_, C))
@@ -261,7 +261,7 @@ class MoE(nn.Module):
         """x (..., C), the residual stream -> (..., C), and one tensor (2 + E,): load-balancing
         loss, z-loss, load of each expert."""
         # The router reads float32, because rounding must not reorder experts. The norm comes before
-        # x is flattened, because Inductor then fuses its backward pass with the residual stream's
+        # x is flattened: Inductor then fuses its backward pass with that of the sum before it
         shape, dtype = x.size(), x.dtype
         x = self.norm(x.to(self.router.weight.dtype)).flatten(0, -2)  # (N, C)
 
@@ -360,7 +360,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) token ids; targets (B, T) the ids that follow, -1 where nothing is predicted.
         Without targets: logits (B, T, V) in the compute dtype, and None. With targets: None, and
-        the mean cross-entropy in nats; a mixture's auxiliary_loss is apart.
+        the mean cross-entropy in nats, without a mixture's auxiliary_loss.
         caches: a list for each layer, see Attention."""
         B, T = idx.size()
         start = caches[0][0].size(2) if caches and caches[0] else 0
@@ -370,15 +370,15 @@ class GPT(nn.Module):
         if start and T > 1:
             raise ValueError(f"after the first piece, caches take one token at a time, not {T}")
 
-        # the residual stream (B, T, C), and the positions that it begins at
+        # the residual stream (B, T, C), and the tables of its positions
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
         x = self.embedding(idx)
         if self.compute_dtype:
             x = x.to(self.compute_dtype)
 
-        # a block that is run again in the backward pass computes its own γ there
-        recompute = self.config.recompute and self.training
-        with together(() if recompute else self.modules()):
+        # all γ in a few batches, unless a block is run again in the backward pass and needs its own
+        recompute = self.config.recompute and self.training and caches is None
+        with gammas_in_batches(() if recompute else self.modules()):
             routers = []
             for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
                 if recompute:
@@ -396,7 +396,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """The residual stream (B, T, C) -> (B, T, V), for the loss and for sampling."""
-        return long_map(self.head, self.norm(x))
+        return apply_wide(self.head, self.norm(x))
 
     def auxiliary_loss(self):
         """What a mixture adds to the loss for the backward pass, by its last forward: the means
@@ -406,5 +406,5 @@ class GPT(nn.Module):
         balance, z = self.routers[:, 0].mean(), self.routers[:, 1].mean()
         return self.config.load_balance_coef * balance + self.config.router_z_coef * z
 
-    def __getstate__(self):  # what a copy gets: no tensor of a graph
+    def __getstate__(self):  # for copies: a tensor of a graph cannot be copied
         return {**super().__getstate__(), "routers": None}

@@ -11,10 +11,9 @@ Scale vectors: everything this project is about, in one file to copy. It imports
   8. who decays            SCALE_DECAY_POLICIES (IWD), weight_decay_groups
   9. the product, fast     fused: equal up to rounding
 
-Letters: x (..., d) an activation; W (m, d) a weight; v (d,) the scale vector on its input side,
-the paper's γ_b; u (m,) the one on its output side, γ_a; W̃ the effective weight. A stack of E
-experts has W (E, m, d), v (d,) or (E, d), u (E, m). Equations and sections are those of
-arXiv 2605.26895v1; "ours" marks what the paper does not say.
+Letters: x (..., d) an activation; W (m, d) a weight; v (d,) the scale vector before it, γ_b; u (m,)
+the one after it, γ_a; W̃ the effective weight. A stack of E experts has W (E, m, d), v (d,) or
+(E, d), u (E, m). Equations are those of arXiv 2605.26895v1; "ours" is what it does not say.
 """
 import copy
 from collections.abc import Callable
@@ -68,9 +67,9 @@ class ScaleVector(nn.Module):
     """One learnable γ, (d,), or (E, d) for E experts. Calling it returns γ.
 
     input_norm   a linear map follows immediately: the paper's Input-Norm (section 2.2)
-    absorbable   a neighbouring linear map can take γ over exactly (ours). This is not input_norm:
-                 γ_a under AP and DP, and under DNP on v and up, is absorbable and no Input-Norm
-    length       False: a Norm after the map undoes γ's length; then OR and ER have no β
+    absorbable   γ can be multiplied into some map's weight, and nothing changes (ours). This is not
+                 input_norm: γ_a under AP and DP, and under DNP that of the value map and of up
+    length       False: a Norm after the map undoes γ's length, so β stays where it starts
     """
 
     def __init__(self, shape, input_norm, absorbable, reparam="none", length=True):
@@ -120,14 +119,13 @@ def dual_weight(W, v, u, m):
 
 def weight_norm_weight(W, v, u, m):
     """γ_a ⊙ ((c W_i / ‖W_i‖)(γ_b ⊙ x)) for each row W_i of W, c = init_std √d (Salimans and Kingma,
-    arXiv 1602.07868; not the paper's): a norm of the weight, with nothing to do for each token."""
+    arXiv 1602.07868; not the paper's): a norm of the weight, which costs nothing for each token."""
     return scale_weight(m.init_std * rms_norm(W, eps=0.0), v, u)
 
 
 def dual_norm_output(y, u, m):
-    """DNP (eq. 7): γ_a ⊙ Norm(y), where y = W(γ_b ⊙ x) by input_weight. Norm acts on each head
-    of q, k, v, and on the whole output of any other map. x needs no Norm: see PreNorm.
-    Without γ_b it is SDD's γ_a ⊙ Norm(W x) (arXiv 2502.15499), "after_norm" (not the paper's)."""
+    """DNP (eq. 7): γ_a ⊙ Norm(y), y = W(γ_b ⊙ x) by input_weight. Norm acts on each head of q, k,
+    v, and on the whole output elsewhere. after_norm has no γ_b: SDD, arXiv 2502.15499 (ours)."""
     return scale(m.norm(y), u)
 
 
@@ -135,7 +133,7 @@ class Placement(NamedTuple):
     vectors: str  # those that exist: "v", which is γ_b; "u", which is γ_a; or "vu"
     weight: Callable  # (W, v, u, the ScaledLinear) -> W̃; None for v or u stands for all ones
     output: Callable | None = None  # (W̃ x, u, the ScaledLinear) -> y; None: y = W̃ x
-    # Claims that speed and folding rely on; a test checks each. An entry works without them.
+    # Claims that speed and folding rely on; a test checks each. False is always right, and slower.
     ends_in_u: bool = False  # u multiplies y as the last operation, and is used for nothing else
     undoes_factor: bool = False  # c x gives the same y as x, for every c > 0
     keeps_zeros: bool = False  # zeros appended to W̃ x are zeros in y, and change nothing else
@@ -158,13 +156,15 @@ BARE = Placement("", input_weight)
 
 class ScaledLinear(nn.Module):
     """y = placement.output(W̃ x), without bias. The owner draws the weight from normal(0, init_std).
+    `fused` multiplies x by effective_weight, which has the vectors that only scale W; `output` does
+    what is left: DNP's Norm, and γ_a.
 
     shape       (m, d), or (E, m, d) for a stack of E experts
     placement   a name in PLACEMENTS; None: no vectors, y = W x
-    vectors     False removes the scale vectors; DNP's norm stays
+    vectors     False removes γ_b and γ_a; DNP's norm stays
     norm_width  channels that DNP normalizes together: head_dim for q, k, v; None: all m
     eps         of DNP's norm
-    init_std    None: 1 / √d. weight_norm keeps each row as long as this makes it
+    init_std    None: 1 / √d. Under weight_norm each row of W̃ keeps the length init_std √d
     tied        the weight also serves elsewhere, so it cannot take over a vector
     """
 
@@ -180,10 +180,9 @@ class ScaledLinear(nn.Module):
         self.init_std = init_std or shape[-1] ** -0.5
         self.tied = tied
 
-        # what its neighbours have to do with it: see absorb and padded_weight
         self.absorbs = []  # (map, head_dim) of each map whose γ_a this weight applies
         self.absorbed_by = []  # the map whose weight applies γ_a; a list, or it would be a child
-        self.pad = (0, 0)  # zero columns and rows that W̃ gets
+        self.pad = (0, 0)  # zero columns and rows that W̃ gets: see padded_weight
 
         # the weight, and the vectors that the placement asks for
         self.weight = nn.Parameter(torch.empty(shape))
@@ -198,20 +197,20 @@ class ScaledLinear(nn.Module):
                 reparam=reparam)
 
     def absorb(self, m, head_dim=None):
-        """Let this weight apply γ_a of m, whose output reaches this map through operations on
-        single channels only: o.absorb(v), down.absorb(up). Nothing changes where m's W̃ has it.
-        head_dim: where each head of m serves several, as in grouped-query attention."""
+        """Let this weight apply γ_a of m, which saves a pass over m's output, and lets γ_a fold.
+        Only operations on single channels may stand between: o.absorb(v), down.absorb(up). It does
+        nothing where γ_a is in m's W̃ (AP, DP). head_dim: if a head of m serves several (GQA)."""
         channels = self.weight.size(-1)
         if channels != m.width and (head_dim is None or channels % m.width or m.width % head_dim):
             raise ValueError(f"a map of {channels} inputs cannot absorb γ_a of {m.width} channels: "
                              f"give the head_dim that divides both")
-        if m.scale_out and m.placement.output and m.placement.ends_in_u:
+        if m.scale_out and m.placement.output and m.placement.ends_in_u and not self.tied:
             self.absorbs.append((m, head_dim or m.width))
             m.absorbed_by.append(self)
             m.scale_out.absorbable = True
 
     def effective_weight(self):
-        """W̃ (..., m, d): W with the vectors that are multiplied into it, in the wider dtype."""
+        """W̃ (..., m, d): W with the vectors that are multiplied into it, not rounded."""
         v = self.scale_in() if self.scale_in else None
         u = self.scale_out() if self.scale_out else None
         W = self.placement.weight(self.weight, v, u, self)
@@ -227,7 +226,9 @@ class ScaledLinear(nn.Module):
         """Norm over each norm_width channels."""
         if self.norm_width < self.width:
             return rms_norm(y.unflatten(-1, (-1, self.norm_width)), self.eps).flatten(-2)
-        share = self.width / y.size(-1)  # y may end in zeros, which mean(y²) must not count
+        if y.size(-1) == self.width:
+            return rms_norm(y, self.eps)
+        share = self.width / y.size(-1)  # y ends in zeros, which mean(y²) must not count
         return rms_norm(y, self.eps * share) * share ** 0.5
 
     def output(self, y, routing=None):
@@ -251,36 +252,35 @@ class PreNorm(nn.Module):
     """What several maps read of the residual stream: fused(norm(x), maps).
 
     shared=True    one γ_b for all of them, and this module has it, as in every Llama:
-                   W_q(γ ⊙ Norm(x)), W_k(γ ⊙ Norm(x)), ... If only one has a γ_b, it keeps it
+                   W_q(γ ⊙ Norm(x)), W_k(γ ⊙ Norm(x)), ... One that shares with nobody keeps it
     shared=False   each map has its own: W_q(γ_q ⊙ Norm(x)), W_k(γ_k ⊙ Norm(x)), ...: HG (eq. 4)
 
     If each map undoes any factor of its input, the division is left out. DNP does: with Norm(x) =
-    x / r, Norm(W(γ_b ⊙ x / r)) = Norm(W(γ_b ⊙ x)) (FlashNorm, arXiv 2407.09577). With ε in both,
-    DNP's would have to be ε r². Such maps get ε² instead: it differs by a relative 1e-6 or so, and
-    by nothing as ε goes to 0.
+    x / r, Norm(W(γ_b ⊙ x / r)) = Norm(W(γ_b ⊙ x)) (FlashNorm, arXiv 2407.09577). To equal a model
+    with an ε in both norms, DNP's would be ε r²; ε² differs by 1e-6 or so (docs/theory.md).
     """
 
     def __init__(self, maps, shared=True, eps=1e-6):
         super().__init__()
         self.maps, self.eps, self.scale = list(maps), eps, None
-        self.left_out = all(m.placement.undoes_factor for m in maps)
-        if self.left_out:
+        self.skips_division = all(m.placement.undoes_factor for m in maps)
+        if self.skips_division:
             for m in maps:
                 m.eps = eps ** 2
-        with_one = [m for m in maps if m.scale_in]
-        reparams = {m.scale_in.reparam for m in with_one}
-        if shared and len(with_one) > 1 and (with_one != self.maps or len(reparams) > 1):
-            raise ValueError("of maps that share a γ_b all must have one, written in one way: put "
-                             "the vectors of all in one place, or give each map its own (HG)")
-        if shared and with_one == self.maps:
+        owners = [m for m in maps if m.scale_in]
+        reparams = {m.scale_in.reparam for m in owners}
+        if shared and len(owners) > 1 and (owners != self.maps or len(reparams) > 1):
+            raise ValueError("of maps that share a γ_b all must have one, written in one way: give "
+                             "all the same placement, or each map a γ_b of its own (HG)")
+        if shared and owners == self.maps:
             self.scale = ScaleVector(
                 maps[0].weight.shape[-1:], input_norm=True, reparam=reparams.pop(),
-                absorbable=not any(m.tied for m in maps), length=not self.left_out)
+                absorbable=not any(m.tied for m in maps), length=not self.skips_division)
             for m in maps:
                 m.scale_in = None
 
     def forward(self, x):
-        if not self.left_out:
+        if not self.skips_division:
             x = rms_norm(x, self.eps)
         return scale(x, self.scale() if self.scale else None)
 
@@ -315,7 +315,7 @@ def check_maps(model):
         if isinstance(m, ScaledLinear):
             relies_on = [other for other, _ in m.absorbs] + m.absorbed_by
         if not present.issuperset(relies_on):
-            raise ValueError(f"{name} relies on a map that was replaced: make all of them anew")
+            raise ValueError(f"{name} relies on a map that was replaced: make the block anew")
 
 
 @torch.no_grad()
@@ -327,7 +327,7 @@ def fold_scale_vectors(model):
     for norm in model.modules():
         if isinstance(norm, PreNorm) and norm.scale and norm.scale.absorbable:
             for m in norm.maps:
-                m.scale_in = norm.scale  # each map its own, and all equal
+                m.scale_in = norm.scale  # until it is in the weight, below
             norm.scale = None
     maps = [m for m in model.modules() if isinstance(m, ScaledLinear) and not m.tied]
     for m, W in zip(maps, [m.effective_weight() for m in maps]):
@@ -343,7 +343,7 @@ def fold_scale_vectors(model):
 
 # ---- 8. who decays -------------------------------------------------------------------------------
 
-# does the parameter `name` of a ScaleVector decay? (the paper does not tell β from α)
+# does the parameter `name` of a ScaleVector decay? (the paper treats β and α alike)
 SCALE_DECAY_POLICIES = {
     "all": lambda name, vector: True,  # Gemma's baseline (figure 3); our reading of rows w/o IWD
     "none": lambda name, vector: False,
@@ -356,8 +356,7 @@ SCALE_DECAY_POLICIES = {
 def weight_decay_groups(model, weight_decay, policy):
     """torch.optim groups of (name, parameter) pairs for any model that holds ScaleVectors. Matrices
     decay, other parameters of one dimension or none do not, and scale vectors do by the policy: a
-    name in SCALE_DECAY_POLICIES, or a function as there. A parameter's name tells layer, map and
-    side, γ_b or γ_a, and part: "layers.3.attn.q.scale_in.alpha"."""
+    name in SCALE_DECAY_POLICIES, or a function of a parameter's name and its ScaleVector."""
     check_maps(model)
     decays = SCALE_DECAY_POLICIES[policy] if isinstance(policy, str) else policy
     vectors = {p: m for _, m in named_scale_vectors(model) for p in m.parameters()}
@@ -377,21 +376,23 @@ def weight_decay_groups(model, weight_decay, policy):
 def fused(x, maps, routing=None):
     """[m(x) for m in maps] as one product of their stacked effective weights, in x's dtype.
     routing: for stacks of experts, with products and vectors for each row: see fast.Routing."""
-    copies = [padded_weight(m, x.dtype) for m in maps]  # cast before they are stacked
-    W = copies[0]
-    if len(copies) > 1:
-        W = torch.cat(copies, dim=-2)
-    y = F.linear(x, W) if routing is None else routing.product(x, W)
-    ys = y.split([W.size(-2) for W in copies], dim=-1)
+    weights = [padded_weight(m, x.dtype) for m in maps]  # cast before they are stacked
+    W = weights[0]
+    if len(weights) > 1:
+        W = torch.cat(weights, dim=-2)
+    product = F.linear(x, W) if routing is None else routing.product(x, W)
+    ys = product.split([W.size(-2) for W in weights], dim=-1)
     return [m.output(y, routing) for m, y in zip(maps, ys)]
 
 
 def padded_weight(m, dtype):
-    """W̃ in the activations' dtype, with the zeros of m.pad in all but float32: tensor cores need
-    widths that are multiples of 8."""
+    """W̃ in the activations' dtype, with the zeros of m.pad: tensor cores need widths that are
+    multiples of 8. Float32 needs none, and autocast would change the dtype between two maps."""
     W = m.effective_weight().to(dtype)
-    columns, rows = (0, 0) if dtype == torch.float32 else m.pad
-    return F.pad(W, (0, columns, 0, rows)) if columns or rows else W
+    if m.pad == (0, 0) or dtype == torch.float32 or torch.is_autocast_enabled(W.device.type):
+        return W
+    columns, rows = m.pad
+    return F.pad(W, (0, columns, 0, rows))
 
 
 def scale(x, gamma):

@@ -265,6 +265,23 @@ def test_generate():
     assert torch.equal(drawn[:, 0], expected)
 
 
+def test_autocast_and_odd_widths():
+    """Under autocast the dtype changes between two maps: no zeros may stand between them."""
+    model, (idx, targets) = tiny_gpt(d_ff=45, **UNIFIED), tiny_batch()
+    expected = model(idx, targets)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(idx, targets)[1]
+    assert 0 < (found - expected).abs() < 0.01 * expected
+
+
+def test_a_cache_is_used_where_blocks_are_recomputed():
+    model, idx = tiny_gpt(torch.float64, recompute=True), tiny_batch()[0]
+    caches = [[] for _ in model.layers]
+    model.train()(idx[:, :5], caches=caches)
+    found = model(idx[:, 5:6], caches=caches)[0][:, 0]
+    torch.testing.assert_close(found, model(idx[:, :6])[0][:, 5], rtol=0, atol=1e-12)
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("keys, message", [

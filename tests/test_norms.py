@@ -10,7 +10,7 @@ import reference
 import torch
 from conftest import OUR_PLACEMENTS
 
-from fast import MeanSquare, Routing, by_gram, long_map, together
+from fast import MeanSquare, Routing, apply_wide, by_gram, gammas_in_batches
 from norms import (
     PLACEMENTS, REPARAMS, OutputNorm, PreNorm, ScaledLinear, ScaleVector, fold_scale_vectors,
     rms_norm, scale, weight_decay_groups)
@@ -170,7 +170,7 @@ def gradients(vectors):
     return [value, *torch.autograd.grad(value, parameters)]
 
 
-def test_vectors_computed_together():
+def test_vectors_computed_gammas_in_batches():
     """Values and gradients are those of each alone, for γ of two shapes, with β, with a β that is
     constant, and without; and nothing stays after an error."""
     for reparam in REPARAMS:
@@ -180,12 +180,12 @@ def test_vectors_computed_together():
             p.data += random(*p.shape, seed=i)
 
         expected = gradients(vectors)
-        with together(vectors):
+        with gammas_in_batches(vectors):
             found = gradients(vectors)
         for a, b in zip(found, expected):
             close(a, b)
     vector = ScaleVector((5,), True, True, "original")
-    with pytest.raises(ZeroDivisionError), together([vector]):
+    with pytest.raises(ZeroDivisionError), gammas_in_batches([vector]):
         torch.nn.init.constant_(vector.beta, 2)
         assert (vector() == 1).all()
         raise ZeroDivisionError
@@ -206,7 +206,7 @@ def test_the_gram_way_is_the_same_function(placement, reparam):
     wanted = [x, *m.parameters()]
     for a, b in zip(*(torch.autograd.grad((y * probe).sum(), wanted) for y in (found, direct))):
         close(a, b, 1e-11)
-    assert torch.equal(long_map(m, x), found) and torch.equal(long_map(m, x[0]), m(x[0]))
+    assert torch.equal(apply_wide(m, x), found) and torch.equal(apply_wide(m, x[0]), m(x[0]))
     assert not torch.equal(found, direct)  # they are two ways
 
 
