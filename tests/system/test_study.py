@@ -3,6 +3,7 @@ Proves that a study's statistics are scipy's and the formula's, that its fits fi
 law has, that it runs what is missing and nothing else, loses no run, survives an interruption and a
 diverging row, refuses what would mislead, and that every number in docs and README is the results'.
 """
+import itertools
 import json
 import math
 import os
@@ -200,6 +201,16 @@ def test_two_phases():
     found = summarize(apart, losses)["m"]["rows"]["a"]
     one_seed = {"learning_rate": 1e-3, "loss": 5.0, "seeds": 1, "diverged": 0}
     assert found == {"tuned": one_seed, "own": one_seed}
+    wider = {**MODEL, "more_rates": {"b": (4e-3,)}}  # a rate that only one row tries
+    wider = tiny_study(models={"m": wider}, rows={"a": {}, "b": {}, "c": {}}, tuned=("b",),
+                       follows={"c": "b"}, comparisons={})
+    grid = {(c.row, c.learning_rate) for c in wider.tuning_cells(wider.rows)}
+    assert grid == {(row, rate) for row in "ab" for rate in (1e-3, 2e-3)} | {("b", 4e-3)}
+    losses = {cell: 1 / cell.learning_rate for cell in wider.tuning_cells(wider.rows)}
+    best = evidence.best_rates(losses, wider)
+    assert best == {("m", "a"): 2e-3, ("m", "b"): 4e-3, ("m", "c"): 4e-3}
+    assert [c[1:3] for c in wider.seed_cells(wider.rows, (1,), best)] == [
+        ("a", 2e-3), ("b", 2e-3), ("b", 4e-3), ("c", 4e-3)]
     figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
     assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
 
@@ -390,6 +401,27 @@ def test_every_window_and_each_document(dataset, tmp_path):
     means = [sums[d] / counts[d] for d in sums]
     assert found["losses"] == pytest.approx(means, abs=1e-5)
     assert found["loss"] == pytest.approx(sum(sums.values()) / sum(counts.values()), abs=1e-5)
+
+
+def test_all_windows_count_on_seeds_that_count(tmp_path):
+    """The tuning seed has its val_loss, which alone decides the rate. The primary comparison has an
+    interval over seeds and documents, the others have none."""
+    study = tiny_study(seeds=(1, 2, 3), tuning_seeds=(7,), every_window=True, primary=[("b", "a")],
+                       comparisons={("b", "a"): {}, ("a", "b"): {}})
+    runs = {}
+    for row, rate, seed in itertools.product("ab", (1e-3, 2e-3), (1, 2, 3, 7)):
+        of_windows = {"loss": 1.0 + (row == "b") * seed, "tokens": [3, 1],
+                      "losses": [1.0, 1.0 + (row == "b") * 4 * seed]}
+        record = {"state": "done", "val_loss": 5.0 - (rate == 2e-3), "data": "", "curve": [],
+                  "windows": of_windows}
+        runs[Cell("m", row, rate, seed)] = Run([], {}, tmp_path, record)
+    found = collect(study, "cpu", runs, list(runs), "", {})["results"]["m"]
+    assert found["tuned_rate"] == 2e-3 and found["rows"]["b"]["own"]["loss"] == 3.0
+    primary, other = found["comparisons"]
+    assert primary["own"]["difference"] == 2.0 and other["own"]["difference"] == -2.0
+    sides = ({s: [1.0, 1.0 + 4 * s] for s in (1, 2, 3)}, {s: [1.0, 1.0] for s in (1, 2, 3)})
+    assert primary["own"]["documents"] == evidence.bootstrap(*sides, [3, 1])
+    assert "documents" not in other["own"]
 
 
 # ---- running -------------------------------------------------------------------------------------
