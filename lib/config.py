@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import configs  # before a config's folder, which may hold a package of this name, is on the path
 from lib.count import active_params
 from model import DEFAULT_PLACEMENTS, GPT, GPTConfig
 from norms import PLACEMENTS, REPARAMS, SCALE_DECAY_POLICIES
@@ -170,29 +171,22 @@ def read_config_file(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file not found: {path}")
-    names, folder = {"__name__": "config", "__file__": str(path)}, str(path.resolve().parent)
-    # annotations are kept as text: `device: cuda` is not to fail because `cuda` is no name
-    flags = __future__.annotations.compiler_flag
-    imported = set(sys.modules)
-    sys.path.insert(0, folder)
+    module, folder, before = types.ModuleType(str(path)), path.resolve().parent, set(sys.modules)
+    module.__file__ = str(path)
+    sys.modules[str(path)] = module  # a dataclass looks up where it was defined
+    sys.path.insert(0, str(folder))
     try:
-        exec(compile(path.read_bytes(), str(path), "exec", flags), names)
+        exec(checked_code(path), vars(module))
+        for neighbour in configs_since(before, folder):
+            checked_code(neighbour)
     except (Exception, SystemExit) as error:  # it is the user's code: anything can happen in it
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{path} does not run: {reason}") from None
     finally:
-        sys.path.remove(folder)
-        parts = [sys.modules.pop(name) for name in set(sys.modules) - imported
-                 if is_config(sys.modules[name])]  # neighbours of one name may differ
-
-    for key, value in names.pop("__annotations__", {}).items():
-        if key not in names:  # `n_layer: 12` annotates a name and assigns nothing
-            raise ValueError(f"{path}: `{key}: {value}` assigns nothing: write `{key} = {value}`")
-    for part in (*parts, *filter(is_config, names.values())):
-        if not assigned(vars(part)).keys() & names.keys():
-            raise ValueError(f"{path}: to import {part.__name__} takes nothing over: write "
-                             f"`from {part.__name__} import *`")
-    values = assigned(names)
+        sys.path.remove(str(folder))
+        for name in configs_since(before, folder).values():  # neighbours of one name may differ
+            del sys.modules[name]
+    values = assigned(vars(module))
     if not values:
         raise ValueError(f"{path} assigns no key: a config is a Python file with lines such as "
                          f"n_layer = 12")
@@ -201,17 +195,32 @@ def read_config_file(path):
     return values
 
 
+def checked_code(path):
+    """The code of a config file. Raises SyntaxError on a line that would assign nothing."""
+    tree = ast.parse(path.read_bytes(), str(path))
+    for line in tree.body:
+        text = ast.unparse(line)
+        if isinstance(line, ast.AnnAssign) and line.value is None:  # `n_layer: 12`
+            raise SyntaxError(f"`{text}` assigns nothing: write `{text.replace(': ', ' = ', 1)}`")
+        if text.startswith(("import configs.", "from configs import ")):
+            raise SyntaxError(f"`{text}` assigns nothing: write `from configs.NAME import *`")
+    return compile(tree, str(path), "exec")
+
+
+def configs_since(before, folder):
+    """{path: name} of the modules imported since, from a config's folder or from configs/."""
+    new = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before}
+    places = folder, Path(configs.__file__).resolve().parent
+    return {Path(file): name for name, file in new.items()
+            if file and file.endswith(".py") and Path(file).resolve().parent in places}
+
+
 def assigned(names):
     """{name: value} of the names that must be keys in a config."""
-    own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    own = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type,
+           __future__._Feature)
     return {name: value for name, value in names.items()
             if name in FIELDS or not (name.startswith("_") or isinstance(value, own))}
-
-
-def is_config(value):
-    """Is it a module that assigns keys and nothing else?"""
-    values = assigned(vars(value)) if isinstance(value, types.ModuleType) else {}
-    return bool(values) and values.keys() <= FIELDS.keys()
 
 
 def describe_keys():

@@ -7,7 +7,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, UNIFIED_CONFIG, refused, tiny_batch
+from conftest import ROOT, UNIFIED_CONFIG, refused, run, tiny_batch
 from test_train import ONE_PROCESS
 
 from lib.config import FIELDS, load_config, meta_model, share_batch, to_dict, tokens_per_step
@@ -58,13 +58,14 @@ def test_no_configuration():
     ("raise RuntimeError('a\\nb')", "{} does not run: RuntimeError: a"),
     ("exit()", "{} does not run: SystemExit"),
     ("n_layer = 3\nlearning_rate: 1e-5",
-     "{}: `learning_rate: 1e-05` assigns nothing: write `learning_rate = 1e-05`"),
-    ("n_layer: 12\nn_head: 12\ndevice: cuda", "{}: `n_layer: 12` assigns nothing"),  # YAML
+     "`learning_rate: 1e-05` assigns nothing: write `learning_rate = 1e-05`"),
+    ("n_layer: 12\nn_head: 12\ndevice: cuda", "{} does not run: SyntaxError: `n_layer: 12` as"),
+    ("from configs.quickstart import *\nmax_iters: 5", "`max_iters: 5` assigns nothing: write "),
     ("_n_layer = 3", "{} assigns no key: a config is a Python file"),
     ("from math import *", "unknown key 'pi' in {}"),
     ("def n_layer(): return 3", "n_layer=<function n_layer"),
-    ("import configs.unified\nn_layer = 3", "{}: to import configs.unified takes nothing over"),
-    ("from configs import unified\nn_layer = 3", "write `from configs.unified import *`"),
+    ("import configs.unified\nn_layer = 3", "`import configs.unified` assigns nothing: write"),
+    ("from configs import unified\nn_layer = 3", "write `from configs.NAME import *`"),
 ])
 def test_bad_config_files(tmp_path, text, message):
     path = tmp_path / "config.py"
@@ -74,9 +75,11 @@ def test_bad_config_files(tmp_path, text, message):
 
 def test_config_files_are_python(tmp_path):
     path = tmp_path / "config.py"
-    path.write_text("import math, random, numpy, torch\nfrom math import sqrt\n"
+    path.write_text("from __future__ import annotations\nimport math, random, numpy, torch\n"
+                    "import dataclasses\nfrom math import sqrt\n"
                     "from configs.unified import *\n"
-                    "_width = 96  # é\nclass Note:\n  n_layer: int\ndef double(x): return 2 * x\n"
+                    "_width = 96  # é\n@dataclasses.dataclass\nclass Note:\n"
+                    "  n_layer: int\ndef double(x): return 2 * x\n"
                     "n_embd = double(_width)\nlearning_rate: float = 1\nmax_iters = 1e3\n", "utf-8")
     config = load_config([str(path), "--n_layer=3", "--out_dir=5", "--resume", "--compile=False"])
     assert (config.model.n_embd, config.model.n_layer) == (192, 3)
@@ -99,6 +102,18 @@ def test_a_config_imports_its_neighbour(tmp_path, monkeypatch):
     (tmp_path / "other" / "my_base.py").write_text("n_layer = 5\nmax_iters = 500\n", "utf-8")
     (tmp_path / "other" / "mine.py").write_text("from my_base import *\n", "utf-8")
     assert load_config(["~/other/mine.py"]).model.n_layer == 5  # of the same name
+    (tmp_path / "my_base.py").write_text("n_layer = 3\nmax_iters: 500\n", "utf-8")
+    assert "`max_iters: 500` assigns nothing" in refused("~/mine.py", "--dataset=data/none")
+
+
+def test_another_package_called_configs(tmp_path):
+    """On Python's path, and beside the config: ours is meant."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
+    (tmp_path / "mine.py").write_text("from configs.unified import *\n", "utf-8")
+    done = run("train.py", tmp_path / "mine.py", "--dataset=data/none", "--max_iters=500",
+               env={"PYTHONPATH": str(tmp_path)}, check=False)
+    assert "no dataset at data/none" in done.stderr
 
 
 def test_config_json_given_back_as_keys_is_the_same_configuration():
