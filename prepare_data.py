@@ -234,7 +234,8 @@ class Preparation:
         """Tokens, and their rate a second; of files also the share that is read, and an estimate of
         the seconds left."""
         line = f"  {self.tokens():,} tokens  {rate:,.0f} tokens/s"
-        if share := self.documents.done / max(1, self.documents.total):
+        # a file may grow while it is read
+        if share := min(1.0, self.documents.done / max(1, self.documents.total)):
             line += f"  {share:.0%} read, {self.tokens() * (1 / share - 1) / rate:,.0f} s left"
         say(line)
 
@@ -242,8 +243,10 @@ class Preparation:
         """Finish the last shards and write meta.json, which is returned."""
         for split, record in self.splits.items():
             if not record["tokens"]:
-                raise ValueError(f"no document fell into the {split} split: give more documents, "
-                                 f"or another --val-fraction")
+                reason = "give more documents, or another --val-fraction"
+                if self.documents.skipped:
+                    reason += f" ({self.documents.describe_skipped()})"
+                raise ValueError(f"no document fell into the {split} split: {reason}")
         for writer in self.writers.values():
             writer.finish()
         meta = {"format": 1, "tokenizer": self.options["encoding"],
@@ -316,7 +319,7 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
         f"({encoding}) from {train['documents'] + val['documents']:,} documents "
         f"in {time.monotonic() - started:.1f} s")
     if documents.skipped:
-        say(f"  skipped {documents.skipped:,} files or records: {documents.first_skipped}, ...")
+        say(f"  {documents.describe_skipped()}")
     return meta
 
 
@@ -376,8 +379,6 @@ def main(argv=None):
     out = args.out or "data/stdlib"
     keys = ("val_fraction", "field", "max_document", "shard_tokens", "workers", "skip_bad")
     options = {key: getattr(args, key) for key in keys}
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
         if args.verify is not None:
             data = Dataset(args.verify, block_size=1, verify=True)

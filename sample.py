@@ -7,14 +7,13 @@ import argparse
 import codecs
 import dataclasses
 import os
-import signal
 import sys
 
 import torch
 
 from lib.checkpoint import load_weights, newest_checkpoint
 from lib.data import get_encoding
-from lib.output import say
+from lib.output import encodable, say
 from model import GPT, GPTConfig
 
 
@@ -64,8 +63,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=
 def show(text):
     """Print what standard output can show, "?" for the rest: a terminal that is not UTF-8 must
     not end a run."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: closed; print does nothing
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    print(encodable(text, sys.stdout, "replace"), end="", flush=True)
 
 
 def stream_text(model, encoding, prompt, max_new_tokens, temperature=0.8, top_k=50, seed=0):
@@ -125,6 +123,9 @@ def main(argv=None):
             print(f"--- sample {seed - args.seed + 1} after {step} steps, seed {seed} ---")
             stream_text(model, encoding, args.prompt, args.max_new_tokens, args.temperature,
                         args.top_k, seed)
+    except BrokenPipeError:  # `| head` ends it, as it ends other filters
+        say("")  # drops what else would be flushed
+        sys.exit(141)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch's: no such device
         sys.exit(f"error: {str(error).partition(chr(10))[0]}")
     except KeyboardInterrupt:
@@ -133,5 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends other filters
     main()

@@ -82,14 +82,15 @@ def need(*packages):
 def quiet(transformers):
     """transformers' progress bars and warnings, off for a while."""
     log = transformers.utils.logging
-    level = log.get_verbosity()
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
         yield
     finally:
         log.set_verbosity(level)
-        log.enable_progress_bar()
+        if bars:
+            log.enable_progress_bar()
 
 
 # ---- a stock class, or our own code --------------------------------------------------------------
@@ -480,7 +481,7 @@ def parse(argv):
 
 
 def main(argv):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         args = parse(argv)
         show(export_run(args.run, args.out, args.max_shard_size) + "\n")
@@ -490,6 +491,8 @@ def main(argv):
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -97,6 +97,11 @@ class TrainConfig:
             self.max_iters = math.ceil(tokens / tokens_per_step(self))
         if self.warmup_iters > self.max_iters:
             self.warmup_iters = max(1, self.max_iters // 10)
+        decay_begins = self.max_iters - round(self.decay_share * self.max_iters)
+        if self.schedule == "wsd" and decay_begins < self.warmup_iters:
+            raise ValueError(f"decay_share={self.decay_share:g} of max_iters={self.max_iters} lets "
+                             f"the decay begin at step {decay_begins}, within warmup_iters="
+                             f"{self.warmup_iters}: lower one of them")
 
 
 BUILTIN = TrainConfig.dataset  # it is made on the spot if it is missing

@@ -62,6 +62,19 @@ class Shard:
                              f"{self.offset:,} bytes of header (version {version}) and "
                              f"{self.tokens:,} tokens of {itemsize} bytes: make the shard again")
         self.dtype = np.dtype(f"<u{itemsize}")
+        if self.offset == 0:
+            self.check_width()
+
+    def check_width(self):
+        """Raise ValueError if a file without a header seems to have tokens of four bytes: then the
+        second of each two is nearly 0."""
+        if self.tokens % 2:
+            return
+        first, second = self.read(0, min(self.tokens, 4096)).reshape(-1, 2).T
+        if second.max() < 16 and len(np.unique(first)) > 16:
+            raise ValueError(f"{self.path}: every second of its tokens is below 16, as if they were"
+                             f" uint32: without a header they must be uint16; give them ours "
+                             f"(docs/data.md)")
 
     @staticmethod
     def _state_of(file):

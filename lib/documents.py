@@ -114,10 +114,19 @@ def texts_of(records, name, field, on_bad_record):
         text = record.get(field) if isinstance(record, dict) else None
         if isinstance(text, str):
             yield text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
-        else:
-            has = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-            on_bad_record(f"{name} {number}: no text in field {field!r} (it has: {has}): name "
-                          f"another with --field, or skip and count such records with --skip-bad")
+            continue
+        has = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+        problem = f"no text in field {field!r} (it has: {has})"
+        if text is not None:
+            problem = f"the field {field!r} has the type {type(text).__name__}, and is no text"
+        on_bad_record(f"{name} {number}: {problem}: name another with --field, or skip and count "
+                      f"such records with --skip-bad")
+
+
+def describe_file(path):
+    """A line that changes with the file; whole seconds, because some file systems forget parts."""
+    stat = path.stat()
+    return f"{os.path.realpath(path)} ({stat.st_size} bytes, time {int(stat.st_mtime)})"
 
 
 class FileInput:
@@ -140,6 +149,9 @@ class FileInput:
         self.first_skipped = self.first_skipped if self.skipped else reason
         self.skipped += 1
 
+    def describe_skipped(self):
+        return f"skipped {self.skipped:,} files or records: {self.first_skipped}, ..."
+
     def read(self, path):
         before = self.done
         with open(path, "rb") as raw:
@@ -161,19 +173,24 @@ class FileInput:
 
     def identity(self, position):
         """What must not change for `position` to mean the same: a line for each file up to it."""
-        stats = [(path, path.stat()) for path, _ in self.files[:position[0] + 1]]
-        # whole seconds: some file systems forget the rest
-        return [f"{os.path.realpath(path)} ({stat.st_size} bytes, time {int(stat.st_mtime)})"
-                for path, stat in stats]
+        return [describe_file(path) for path, _ in self.files[:position[0] + 1]]
 
 
 class HubInput(FileInput):
     """Every document of a Hugging Face dataset, by its name there or a local folder, streamed by
-    the package datasets. It counts as one file."""
+    the package datasets. It counts as one file. Of a name on the hub the commit is asked for, and
+    no other is read."""
 
     def __init__(self, name, subset, split, revision, field="text", skip_bad=False):
-        path = Path(os.path.realpath(os.path.expanduser(name)))
-        self.name = str(path) if path.is_dir() else name
+        path, self.local_files = Path(os.path.realpath(os.path.expanduser(name))), []
+        self.name = name
+        if path.is_dir():
+            self.name = str(path)
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()
+                     and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+            self.local_files = [describe_file(file) for file in files]
+        else:
+            revision = commit_of(name, revision)
         super().__init__([(Path(self.name), Path(self.name))], field, skip_bad=skip_bad)
         self.wanted = {"name": subset, "split": split, "revision": revision}
 
@@ -193,4 +210,13 @@ class HubInput(FileInput):
 
     def identity(self, _):
         """What must not change for a position to mean the same."""
-        return [f"--hf {self.name} {self.wanted}"]
+        return [f"--hf {self.name} {self.wanted}", *self.local_files]
+
+
+def commit_of(name, revision):
+    """The commit that the hub gives for a dataset's revision; `revision` where it does not."""
+    try:
+        import huggingface_hub
+        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
+    except Exception:  # the package datasets will say what is wrong
+        return revision

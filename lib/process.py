@@ -11,6 +11,7 @@ import inspect
 import os
 import signal
 import sys
+import threading
 from datetime import timedelta
 
 import torch
@@ -39,19 +40,25 @@ def compile_model(model, **how):
     model.cross_entropy.compile(**how)
 
 
+def torchrun():
+    """(rank, number of processes, rank on this machine), as torchrun sets them. Another program may
+    have left some of its variables, or empty ones: then this process is the only one."""
+    env = os.environ
+    if not all(env.get(key) for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return 0, 1, 0
+    return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK") or 0)
+
+
 class Process:
     """This process: the only one, or one of several that torchrun has started."""
 
     def __init__(self):
-        env = os.environ
-        several = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys()
-        self.world_size = int(env["WORLD_SIZE"]) if several else 1
-        self.rank = int(env["RANK"]) if several else 0
+        self.rank, self.world_size, self.local_rank = torchrun()
         self.is_main, self.store, self.restarts = self.rank == 0, None, 0
         if self.world_size > 1:
-            self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+            self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
             self.store, _, _ = next(dist.rendezvous("env://"))
-            if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
                 # torchrun may keep its store over a restart, with addresses of dead processes
                 self.store = dist.PrefixStore(f"restart_{self.restarts}", self.store)
 
@@ -66,7 +73,7 @@ class Process:
                              f"(mps: for one process only): use --device=auto")
         self.device, bf16 = torch.device(kind), False
         if kind == "cuda":
-            index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            index, count = self.local_rank, torch.cuda.device_count()
             if index >= count:
                 raise ValueError(f"process {index} of this machine has no GPU of its own: there "
                                  f"are {count}; lower --nproc_per_node")
@@ -151,9 +158,9 @@ def attention_backend(config, device, dtype):
 def hard_exit(status):
     """End this process. With several, end at once: a thread of torch.distributed that still
     runs may otherwise end it with SIGABRT, which torchrun reports as a failure."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(status)
-    os._exit(status)  # nothing waits in a stream: say flushes
+    if torchrun()[1] > 1:
+        os._exit(status)  # nothing waits in a stream: say flushes
+    sys.exit(status)
 
 
 def report(error, process):
@@ -210,6 +217,8 @@ def stop_signals(tell):
         received.append(number)
     numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
                if signal.getsignal(n) != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python gives signals to the main thread only
     before = {n: signal.signal(n, receive) for n in numbers}
     try:
         yield received

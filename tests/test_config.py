@@ -44,6 +44,8 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (SHORT, "no dataset at data/none: make it with"),
     (["--min_lr=2e-3", *SHORT], "min_lr=0.002 is above learning_rate=0.001"),
     (["--out_dir=", *SHORT], "out_dir='' is empty"),
+    (["--schedule=wsd", "--decay_share=0.81", *SHORT],
+     "lets the decay begin at step 95, within warmup_iters=100: lower one of them"),
 ])
 def test_bad_configuration(arguments, message):
     assert message in refused("--dataset=data/none", *arguments)

@@ -123,6 +123,16 @@ def test_when_shards_are_taken_for_gpt2s(tmp_path, highest, tokenizer):
     assert opened.tokenizer == "ids" and opened.val_bytes_per_token is None
 
 
+def test_four_bytes_a_token_without_a_header_are_refused(tmp_path):
+    """Of Llama 3's 128,256 ids, as uint16 every second one is 0 or 1."""
+    tokens = np.random.default_rng(0).integers(128_256, size=300)
+    nanogpt_folder(tmp_path, tokens % 50_000)
+    Dataset(tmp_path, 16)
+    tokens.astype("<u4").tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match="train.bin: every second of its tokens is below 16, as"):
+        Dataset(tmp_path, 16)
+
+
 def test_bytes_per_token_of_gpt2s_shards(tmp_path, needs_gpt2):
     text = "The scale of a vector is a vector's scale. " * 50
     tokens = needs_gpt2.encode(text) + [needs_gpt2.eot_token]

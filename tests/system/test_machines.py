@@ -3,8 +3,11 @@ Proves that a run survives odd machines: output that fails, signals to a whole g
 without locks, a lack of compilers, other encodings. Real pipes, signals and processes.
 """
 import ast
+import contextlib
+import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,7 +23,8 @@ import train as program
 from lib.checkpoint import newest_checkpoint, save_checkpoint
 from lib.config import FIELDS
 from lib.disk import sync_folder, write_whole
-from lib.process import Process, report
+from lib.output import say
+from lib.process import Process, hard_exit, report
 from train import EXIT_STOPPED
 
 # ---- output that fails ---------------------------------------------------------------------------
@@ -39,6 +43,15 @@ def test_ctrl_c_to_a_pipeline(dataset, tmp_path):
     assert process.wait(timeout=60) == EXIT_STOPPED and process.stderr.read() == ""
     assert newest_checkpoint(tmp_path / "out")[1]["step"] == len(losses(tmp_path / "out")) > 3
     tee.wait()
+
+
+def test_an_output_that_cannot_encode_a_line(capfd):
+    """An escape stands for what it lacks, and the lines after it are shown, too."""
+    screen = io.TextIOWrapper(open(os.dup(1), "wb"), encoding="ascii")
+    for text in ("out/γ \udcff", "more"):
+        say(text, screen)
+    screen.close()
+    assert capfd.readouterr().out == "out/\\u03b3 \\udcff\nmore\n"
 
 
 @pytest.mark.slow
@@ -133,14 +146,60 @@ def test_no_gpu(dataset, tmp_path):
     assert "device='cuda' is not available" in line and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_what_another_program_left_in_the_environment(monkeypatch, name):
-    """Half of what torchrun sets: the process is on its own, and writes its run."""
-    for key in {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - {name}:
+@pytest.mark.parametrize("left", [
+    {"RANK": "2"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "7"},
+    dict.fromkeys(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"), "")])
+def test_what_another_program_left_in_the_environment(monkeypatch, left):
+    """Half of what torchrun sets, or nothing in it: the process is on its own, writes its run on
+    the first GPU, and ends as others do."""
+    for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv(name, "2")
+    for key, value in left.items():
+        monkeypatch.setenv(key, value)
     process = Process()
-    assert process.is_main and process.world_size == 1
+    assert process.is_main and process.world_size == 1 and process.local_rank == 0
+    with pytest.raises(SystemExit):
+        hard_exit(3)
+
+
+@pytest.mark.parametrize("name", ["train.py", "prepare_data.py"])
+def test_windows_is_refused_in_one_line(name, monkeypatch):
+    for module in [name for name in sys.modules if name.partition(".")[0] == "lib"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="^error: Windows is not supported: use Linux or macOS"):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+def test_programs_leave_a_notebook_as_it_was(texts, dataset, tmp_path, monkeypatch):
+    """As `%run` runs them: in this process, with an output that is no terminal's, no file's and
+    cannot be reconfigured."""
+    def state():
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
+        return ([signal.getsignal(n) for n in numbers], os.getcwd(), dict(os.environ), sys.path[:],
+                torch.get_num_threads(), torch.get_default_dtype())
+
+    before, out = state(), str(tmp_path / "run")
+    programs = {
+        "prepare_data.py": [str(texts), "--encoding=bytes", f"--out={tmp_path / 'data'}"],
+        "train.py": [*start(out, dataset, "--max_iters=2")],
+        "sample.py": [f"--out_dir={out}", "--max_new_tokens=2"],
+        "hf/export.py": [out, f"--out={tmp_path / 'hf'}"]}
+    for name, args in programs.items():
+        output = io.StringIO()
+        monkeypatch.setattr(sys, "argv", [name, *args])
+        with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        assert output.getvalue() and state() == before, name
+    assert (tmp_path / "data" / "meta.json").exists()
+
+
+def test_the_reader_of_a_sample_may_leave(undisturbed):
+    """`| head` ends sample.py as it ends other filters, without a traceback."""
+    command = f"{sys.executable} sample.py --out_dir={undisturbed[0]} --num_samples=99 | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode == 141
 
 
 def test_every_text_file_is_opened_with_its_encoding():

@@ -5,13 +5,16 @@ leaves nothing that looks finished. Nothing is replaced or removed that was not 
 """
 import gzip
 import hashlib
+import http.server
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -22,9 +25,9 @@ from conftest import ROOT, command_of, run, write_texts
 
 import prepare_data
 from lib.data import Dataset
-from lib.documents import FileInput
+from lib.documents import FileInput, HubInput
 from lib.tokenizer import get_encoding
-from prepare_data import find_files, is_validation, main, prepare
+from prepare_data import Preparation, find_files, is_validation, main, prepare
 
 BYTES = get_encoding("bytes")
 
@@ -139,6 +142,7 @@ def test_ids_beyond_65535_have_four_bytes(tmp_path, monkeypatch):
     ("a.txt", b"text\0more", [], "a.txt: not text but binary: it has NUL bytes"),
     ("a.txt", "text".encode("utf-16"), [], "a.txt: not UTF-8 text, or damaged"),
     ("a.jsonl", b'{"body": "x", "a\\nb": 1}', [], "1: no text in field 'text' (it has: body, a"),
+    ("a.jsonl", b'{"text": ["x"]}', [], "1: the field 'text' has the type list, and is no text"),
     ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, [], "a.jsonl, line 2: not JSON"),
     ("a.zst", b"x", [], "For parquet and other formats: python prepare_data.py --hf "),
     ("a.txt", b"x", ["nowhere"], "nowhere does not exist"),
@@ -186,6 +190,9 @@ def test_a_folder_may_hold_other_things(tmp_path, capsys):
         assert f"{name} cannot be read: give a file" in refused(folder / name, "--out", "out")
     (tmp_path / "empty").mkdir()
     assert "For other formats: --hf FOLDER" in refused(tmp_path / "empty", "--out", "out")
+    (tmp_path / "empty" / "latin-1.txt").write_bytes(b"caf\xe9")
+    line = refused(tmp_path / "empty", "--out", "out")
+    assert "train split: give more documents" in line and "latin-1.txt: not UTF-8 text, or" in line
 
 
 def test_bad_records_are_refused_or_counted_and_reading_resumes_at_any_document(tmp_path):
@@ -206,6 +213,25 @@ def test_bad_records_are_refused_or_counted_and_reading_resumes_at_any_document(
             list(FileInput(find_files([tmp_path])).documents())
         (tmp_path / name).unlink()
     assert not list(FileInput(find_files([tmp_path])).documents())
+
+
+def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch, capsys):
+    """It is read to its new end. What is shown of it is never more than all."""
+    path, tokenize = tmp_path / "a.txt", Preparation.tokenize
+    path.write_text("".join(f"line {i}\n" for i in range(999)), encoding="utf-8")
+
+    def grow(work, chunk):
+        if path.stat().st_size < 40_000:
+            path.write_text(path.read_text("utf-8") * 2, encoding="utf-8")
+        work.show_progress(rate=1.0)
+        return tokenize(work, chunk)
+
+    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 100)
+    monkeypatch.setattr(Preparation, "tokenize", grow)
+    make([path], tmp_path / "out", workers=1, max_document=500)
+    shown = [int(share) for share in re.findall(r"(\d+)% read", capsys.readouterr().out)]
+    assert max(shown) == 100
+    assert "".join(documents_of(tmp_path / "out", "train", "val")).count("line 7\n") > 1
 
 
 # ---- nothing is replaced -------------------------------------------------------------------------
@@ -383,7 +409,8 @@ def test_hugging_face_datasets(tmp_path, capsys, monkeypatch):
     """Three local parquet files, with three rows without text, through the same library and calls
     that read the hub. No test asks the network: five attempts with pauses take 23 s."""
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    for module in (datasets.config, pytest.importorskip("huggingface_hub").constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 100)
     folder, texts = tmp_path / "set", [f"row {i} γ" for i in range(600)]
     parts = [folder / "data" / f"train-0000{part}-of-00003.parquet" for part in range(3)]
@@ -403,5 +430,41 @@ def test_hugging_face_datasets(tmp_path, capsys, monkeypatch):
     assert "resuming " in said and f"skipped 3 files or records: --hf {folder}" in said
     assert sorted(documents_of(tmp_path / "out", "train", "val")) == sorted(texts)
 
+    bytes_folder = tmp_path / "bytes"
+    datasets.Dataset.from_dict({"text": [b"x"]}).to_parquet(bytes_folder / "train.parquet")
+    line = refused(*options[:-1], tmp_path / "x", "--hf", bytes_folder)
+    assert "record 1: the field 'text' has the type bytes, and is no text" in line
+
+    shutil.rmtree(tmp_path / "out")
+    refused(*options, "--hf", folder)
+    (folder / "README.md").touch()
+    assert "cannot be resumed: it was begun with " in refused(*options, "--hf", folder)
+    (folder / "README.md").unlink()
+    os.utime(parts[0], (1e9, 1e9))
+    assert "-00003.parquet (" in refused(*options, "--hf", folder)
+
     parts[2].write_bytes(b"damaged")
     assert f"--hf {folder}: " in refused("--hf", folder, "--skip-bad", "--out", tmp_path / "x")
+
+
+def test_a_name_on_the_hub_is_pinned_to_its_commit(monkeypatch):
+    """Asked of a server of our own. Where there is none, the revision stays what was given."""
+    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("datasets")
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path.startswith("/api/datasets/us/texts/revision/v1")
+            body = json.dumps({"id": "us/texts", "sha": "c0ffee"} if known else {}).encode()
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    [line] = HubInput("us/texts", None, "train", "v1").identity((0, 0))
+    assert "'revision': 'c0ffee'" in line
+    assert HubInput("us/nothing", None, "train", None).wanted["revision"] is None
+    server.shutdown()
