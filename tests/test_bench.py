@@ -115,16 +115,6 @@ def test_refusals(argv, message):
     assert text.startswith("error: ") and message in text and "\n" not in text
 
 
-def test_two_checks_at_toy_shapes():
-    """Those that compare: in float32, run eagerly, only rounding differs."""
-    process = Process()
-    process.start(load_config(["--device=cpu"]))
-    for row in gpu_check.compiled_against_float64(process, True).values():
-        assert row["eager"] == row["as trained"] and row["eager"]["all_gradients"] < 1e-5
-    for row in gpu_check.grouped_against_looped(process, True).values():
-        assert row["output"] < 0.03 and row["load_of_the_empty_expert"] == 0
-
-
 @pytest.mark.slow
 def test_gpu_check_runs_without_a_gpu():
     command = ["bash", str(ROOT / "bench" / "gpu_check.sh")]
@@ -136,7 +126,4 @@ def test_gpu_check_runs_without_a_gpu():
         path = ROOT / "out" / "gpu_check" / f"gpu_{part}.json"
         found |= json.loads(path.read_text("utf-8"))
         assert {check.__name__ for check in checks} <= found.keys()
-    for row in found["training"].values():  # both ways are float32 here
-        assert row["furthest_from_float32"] == 0
     assert all(isinstance(race, dict) for race in found["choices_of_pytorch"].values())
-    assert found["repeated_and_resumed"]["furthest_resumed"] == 0

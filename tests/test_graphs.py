@@ -104,17 +104,3 @@ def test_inductors_kernels_are_the_same_function(keys, dtype, each, together):
     model = randomize_scales(tiny_gpt(**keys))
     model.compute_dtype = dtype
     check_gradients(micro_steps(compiled(model)), expected, each, together)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("keys", [{}, UNIFIED, {**UNIFIED, **MIXTURE}],
-                         ids=["baseline", "unified", "mixture"])
-def test_cuda_bf16_compiled_agrees_with_float32(keys):
-    shape = dict(d_ff=250, **LONG_HEAD, **keys)
-    expected = micro_steps(randomize_scales(tiny_gpt(**shape)))
-    model = randomize_scales(tiny_gpt(**shape)).cuda()
-    model.compute_dtype = torch.bfloat16
-    found = micro_steps(compiled(model))
-    assert counted() == (3 if "n_expert" in keys else 2, 0)
-    # a token that bfloat16 routes otherwise changes the gradients of two experts
-    check_gradients(found, expected, 1.0 if "n_expert" in keys else 0.05, 0.05)
