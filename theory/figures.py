@@ -36,7 +36,8 @@ def random(*shape, seed=0):
 
 
 def grid(plt, rows, columns, height):
-    return plt.subplots(rows, columns, figsize=(8, height), layout="constrained", squeeze=False)
+    figure = plt.Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def finish(axis, title, x, y, columns=1, **kwargs):
@@ -438,18 +439,23 @@ def main(argv=None):
         import matplotlib
     except ImportError:
         sys.exit("error: the figures need matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from PIL import Image  # comes with matplotlib
-    plt.rcdefaults()  # nothing of the user's own settings
-    plt.rcParams.update(STYLE)
+    from matplotlib import figure
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, so the same bytes on any number of cores
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context():  # a notebook's settings stay as they are
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        draw_all(figure, Path(folder))
+    torch.set_num_threads(threads)
+
+
+def draw_all(plt, folder):
+    from PIL import Image  # comes with matplotlib
+    folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     for done, (name, draw) in enumerate(FIGURES.items(), 1):
-        path = Path(folder) / f"theory_{name}.png"
+        path = folder / f"theory_{name}.png"
         draw(plt).savefig(path)
-        plt.close("all")
         # a third of the bytes
         Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
         seconds = time.monotonic() - begun
