@@ -11,9 +11,6 @@ A document is a text file, a line of a .jsonl or a record of a Hugging Face data
 follows each. A hash of its text decides whether it is held out for validation. So it stays in its
 split when data is added, and two copies of it are in the same split.
 
-Documents stream in order through a bounded window of threads (tiktoken releases the interpreter's
-lock). Memory does not grow with the input, and the number of threads changes no byte.
-
 The work goes to OUT.partial, which becomes OUT by one rename when it is complete. After an
 interruption the same command resumes from the last finished shard, to the same bytes. An OUT that
 holds something is never replaced.
@@ -78,7 +75,8 @@ def in_chunks(documents):
 
 
 def map_in_order(function, items, workers):
-    """function over items in `workers` threads; results in order, 2 x workers items in flight."""
+    """function over items in `workers` threads (tiktoken releases the interpreter's lock); results
+    in order, 2 x workers items in flight: memory does not grow with the input."""
     pending = collections.deque()
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
@@ -231,8 +229,7 @@ class Preparation:
                 self.show_progress((self.tokens() - before) / (shown - started))
 
     def show_progress(self, rate):
-        """Tokens, and their rate a second; of files also the share that is read, and an estimate of
-        the seconds left."""
+        """Tokens, and their rate a second; of files also the share that is read, and time left."""
         line = f"  {self.tokens():,} tokens  {rate:,.0f} tokens/s"
         # a file may grow while it is read
         if share := min(1.0, self.documents.done / max(1, self.documents.total)):
@@ -335,16 +332,12 @@ def move_into_place(partial, out):
         (out / name).unlink()
 
 
-def standard_library():
-    """The files of this Python's standard library, as find_files returns them."""
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    found = walk(stdlib, unread=[], left_out=("site-packages", "dist-packages"))
-    return [(path, given) for path, given in found if path.suffix.lower() == ".py"]
-
-
 def prepare_builtin(out="data/stdlib", encoding="bytes", max_document=None, **options):
     """The built-in dataset: the source of this Python's standard library."""
-    files, name = standard_library(), f"Python {sys.version.split()[0]} standard library"
+    stdlib, name = sysconfig.get_paths()["stdlib"], f"Python {sys.version.split()[0]}"
+    found = walk(Path(stdlib), unread=[], left_out=("site-packages", "dist-packages"))
+    files = [(path, given) for path, given in found if path.suffix.lower() == ".py"]
+    name += " standard library"
     say(f"preparing {out}: {name}, {len(files):,} files")
     return prepare(files, out, encoding, name, max_document=max_document or 2 ** 20, **options)
 

@@ -23,7 +23,7 @@ from lib.count import active_params, flops_per_token, num_params, scale_params
 from lib.disk import cannot_write, write_whole
 from lib.lock import hold_lock
 from lib.output import say
-from lib.process import attention_backend, to_device
+from lib.process import to_device
 from norms import named_scale_vectors
 from optim import update_norms
 
@@ -238,8 +238,6 @@ def describe(run):
     say(f"{process.world_size} x {process.device.type}, {str(process.dtype)[6:]}, {compiled}, "
         f"{run.batches.micro_steps} x {run.batches.micro_batch} sequences of "
         f"{config.model.block_size} in each process")
-    if process.device.type == "cuda":
-        say(f"attention: {attention_backend(config.model, process.device, process.dtype)}")
     threads, cores = torch.get_num_threads(), os.cpu_count()
     load = os.getloadavg()[0]
     if process.device.type == "cpu" and threads > 1 and load + threads > cores + 0.5:

@@ -16,7 +16,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.count import PEAK_FLOPS
@@ -142,17 +141,6 @@ class Process:
         name = torch.cuda.get_device_name(self.device)
         return next((flops * self.world_size for part, flops in PEAK_FLOPS.items()
                      if part in name), None)
-
-
-def attention_backend(config, device, dtype):
-    """The name of the kernel that PyTorch chooses for training's attention."""
-    def heads(n):
-        shape = (1, config.block_size, n, config.head_dim)
-        return torch.empty(shape, device=device, dtype=dtype, requires_grad=True).transpose(1, 2)
-    q, k, v = heads(config.n_head), heads(config.n_kv_head), heads(config.n_kv_head)
-    choice = torch._fused_sdp_choice(q, k, v, is_causal=True,
-                                     enable_gqa=config.n_head != config.n_kv_head)
-    return SDPBackend(choice).name
 
 
 def hard_exit(status):

@@ -147,6 +147,22 @@ def test_every_row_of_the_readmes_variants_exists():
             assert hasattr(norms, name) or hasattr(norms.ScaledLinear((2, 2), "input"), name), name
 
 
+# ---- the house -----------------------------------------------------------------------------------
+
+FLOORS = ["norms", "fast", "model", "optim configs", "lib", "prepare_data sample", "train",
+          "hf theory bench studies"]
+
+
+def test_no_arrow_points_upward():
+    """Each file imports only what is below it, or in its own folder."""
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+    for path in (p for name in floor for p in [ROOT / f"{name}.py", *(ROOT / name).rglob("*.py")]):
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        text = path.read_text("utf-8") if path.exists() else ""
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE):
+            assert name == own or floor.get(name, -1) < floor[own], f"{path} imports {name}"
+
+
 # ---- every page ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))],
