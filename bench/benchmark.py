@@ -28,6 +28,7 @@ from bench.timing import machine, spread, timed, versions
 from lib.config import load_config
 from lib.count import flops_per_token
 from lib.disk import write_whole
+from lib.output import say
 from lib.process import Process, compile_model
 from model import GPT
 from optim import make_optimizer, param_groups
@@ -47,10 +48,6 @@ NAMES = [*PEERS, *VARIANTS]
 CPU_CONFIG = ["configs/quickstart_baseline.py", "--device=cpu", "--n_layer=4", "--n_head=4",
               "--n_embd=128", "--d_ff=384", "--block_size=256", "--batch_size=8"]
 ATTENTION = "aten::_scaled_dot_product_"  # what the names of its kernels begin with
-
-
-def say(line):
-    print(line, flush=True)
 
 
 # ---- one contestant ------------------------------------------------------------------------------

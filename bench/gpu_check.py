@@ -19,10 +19,11 @@ import torch
 from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.benchmark import VARIANTS, Contestant, race, say, table
+from bench.benchmark import VARIANTS, Contestant, race, table
 from bench.timing import timed, versions
 from lib.config import BUILTIN, load_config
 from lib.disk import write_whole
+from lib.output import say
 from lib.process import Process, compile_model
 from model import GPT
 from optim import make_optimizer, param_groups

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lib.config import load_config, meta_model, tokens_per_step
 from lib.count import active_params, flops_per_token, memory_estimate, num_params, scale_params
+from lib.output import say
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("120m", "250m", "350m", "500m", "750m", "1b",
@@ -69,9 +70,9 @@ def table():
 
 def main(argv):
     if "-h" in argv or "--help" in argv:
-        return print(__doc__)
+        return say(__doc__)
     try:
-        print(describe(load_config(argv)) if argv else table())
+        say(describe(load_config(argv)) if argv else table())
     except ValueError as error:
         sys.exit(f"error: {error}")
 

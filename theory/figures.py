@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from lib.output import say
 from norms import ScaledLinear, PreNorm, exponential_reparam, original_reparam, rms_norm
 from theory import theorems as theory
 from theory.theorems import STUDENTS, gradient_flow, start, teacher_loss
@@ -459,7 +460,7 @@ def draw_all(plt, folder):
         # a third of the bytes
         Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
         seconds = time.monotonic() - begun
-        print(f"{done}/{len(FIGURES)}  {path}  {draw.__doc__}  ({seconds:.0f} s)", flush=True)
+        say(f"{done}/{len(FIGURES)}  {path}  {draw.__doc__}  ({seconds:.0f} s)")
 
 
 if __name__ == "__main__":
