@@ -140,6 +140,9 @@ class Routing:
     def product(self, x, W):
         """Each row of x (N K, d) by its expert's matrix, W (E, m, d) -> (N K, m)."""
         if x.dtype == torch.bfloat16:
+            if W.size(-1) % 8 or W.size(-2) % 8:
+                raise ValueError(f"experts of {W.size(-1)} inputs and {W.size(-2)} outputs: in "
+                                 f"bfloat16 both must be multiples of 8; use float32")
             return grouped_mm(x, W.mT, offs=self.ends)
         counts = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
         return torch.cat([F.linear(part, W_e) for part, W_e in zip(x.split(counts), W)])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fast import Routing, apply_wide, gammas_in_batches
-from norms import OutputNorm, PreNorm, ScaledLinear, fused
+from norms import OutputNorm, PreNorm, ScaledLinear, ScaleVector, fused
 
 # The placement of each map that scale_placement_on does not name. Those that read a Norm have a
 # γ_b, as in every Llama; o and down have no scale vector.
@@ -332,11 +332,8 @@ class GPT(nn.Module):
         self.head = linear(c, "head", (c.vocab_size, c.n_embd), tied=c.tie_embeddings)
         self.norm = PreNorm([self.head], eps=c.norm_eps)  # of one map: the same with and without HG
         self.cross_entropy = CrossEntropy()
-        if c.tie_embeddings:
-            self.head.weight = self.embedding.weight
-        cos, sin = rope_tables(c)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(c.block_size, c.head_dim), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -348,14 +345,20 @@ class GPT(nn.Module):
         o, down                       normal(0, init_std / sqrt(2 n_layer)): see `linear`
         head                          normal(0, init_std), or the embedding if tied
         every scale vector            γ = 1: see ScaleVector
+        rotary positions' tables      see rope_tables
 
+        That is all that the model has: after the meta device or to_empty it makes a whole one.
         Scale vectors draw no random numbers: at one seed, all variants of a shape start with the
         same matrices.
         """
+        if self.config.tie_embeddings:  # again, because to_empty makes two of them
+            self.head.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=self.config.init_std)
         for m in self.modules():
-            if isinstance(m, ScaledLinear) and not m.tied:
-                nn.init.normal_(m.weight, std=m.init_std)
+            if isinstance(m, ScaleVector) or isinstance(m, ScaledLinear) and not m.tied:
+                m.reset_parameters()
+        for table, start in zip((self.cos, self.sin), rope_tables(self.config)):
+            table.copy_(start)
 
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) token ids; targets (B, T) the ids that follow, -1 where nothing is predicted.

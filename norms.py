@@ -78,11 +78,19 @@ class ScaleVector(nn.Module):
             raise ValueError(f"scale_reparam={reparam!r} is unknown: choose {', '.join(REPARAMS)}")
         self.input_norm, self.absorbable, self.reparam = input_norm, absorbable, reparam
         self.computed = None  # γ, where fast.py has it
-        _, alpha, beta, beta_is_length = REPARAMS[reparam]
-        self.alpha = nn.Parameter(torch.full(shape, alpha))
+        _, _, beta, beta_is_length = REPARAMS[reparam]
+        self.alpha = nn.Parameter(torch.empty(shape))
         # β is a parameter, a constant, or None
         trained = beta is not None and (length or not beta_is_length)
-        self.beta = nn.Parameter(torch.full((*shape[:-1], 1), beta)) if trained else beta
+        self.beta = nn.Parameter(torch.empty(*shape[:-1], 1)) if trained else beta
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """γ = 1, also where the memory is new: after the meta device, or to_empty."""
+        _, alpha, beta, _ = REPARAMS[self.reparam]
+        nn.init.constant_(self.alpha, alpha)
+        if torch.is_tensor(self.beta):
+            nn.init.constant_(self.beta, beta)
 
     def forward(self):
         if self.computed is not None:
@@ -155,7 +163,7 @@ BARE = Placement("", input_weight)
 # ---- 4. one linear map with its scale vectors ----------------------------------------------------
 
 class ScaledLinear(nn.Module):
-    """y = placement.output(W̃ x), without bias. The owner draws the weight from normal(0, init_std).
+    """y = placement.output(W̃ x), without bias. The owner draws the weight: reset_parameters.
     `fused` multiplies x by effective_weight, which has the vectors that only scale W; `output` does
     what is left: DNP's Norm, and γ_a.
 
@@ -195,6 +203,9 @@ class ScaledLinear(nn.Module):
             self.scale_out = ScaleVector(
                 shape[:-1], input_norm=False, absorbable=p.output is None and not tied,
                 reparam=reparam)
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=self.init_std)
 
     def absorb(self, m, head_dim=None):
         """Let this weight apply γ_a of m, which saves a pass over m's output, and lets γ_a fold.
@@ -356,13 +367,17 @@ SCALE_DECAY_POLICIES = {
 def weight_decay_groups(model, weight_decay, policy):
     """torch.optim groups of (name, parameter) pairs for any model that holds ScaleVectors. Matrices
     decay, other parameters of one dimension or none do not, and scale vectors do by the policy: a
-    name in SCALE_DECAY_POLICIES, or a function of a parameter's name and its ScaleVector."""
+    name in SCALE_DECAY_POLICIES, or a function of a parameter's name and its ScaleVector. Raises
+    ValueError on flat pieces of matrices, as FSDP1 makes them, which nothing would decay."""
     check_maps(model)
     decays = SCALE_DECAY_POLICIES[policy] if isinstance(policy, str) else policy
     vectors = {p: m for _, m in named_scale_vectors(model) for p in m.parameters()}
     groups = {name: [] for name in ("matrices", "others", "scale_decayed", "scale")}
     for name, p in model.named_parameters():
         group = "matrices" if p.ndim > 1 else "others"
+        if group == "others" and "_fsdp_wrapped_module." in name and p not in vectors:
+            raise ValueError(f"{name} may be a flat piece of a matrix: shard with fully_shard "
+                             f"(FSDP2), which keeps shapes")
         if p in vectors:
             group = "scale_decayed" if decays(name, vectors[p]) else "scale"
         groups[group].append((name, p))

@@ -20,7 +20,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model import GPT, GPTConfig, rope_tables
+from model import GPT, GPTConfig
 from norms import ScaleVector  # noqa: F401  (transformers 5.0 copies what this file imports)
 
 KEYS = [f.name for f in fields(GPTConfig)]
@@ -65,11 +65,10 @@ class ScaleVectorsForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """transformers builds a model without memory. Parameters come from the file, and constants
-        that are in no file come from here."""
+        """transformers builds a model without memory. What no file has comes from here: constants,
+        and parameters that are missing. It keeps torch's functions from touching the others."""
         if isinstance(module, GPT):
-            for name, table in zip(("cos", "sin"), rope_tables(module.config)):
-                getattr(module, name).copy_(table)
+            module.init_weights()
 
     def get_input_embeddings(self):
         return self.gpt.embedding

@@ -81,6 +81,9 @@ class Process:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         auto = "bfloat16" if bf16 else "float32"
         self.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+        if self.dtype == torch.bfloat16 and config.model.n_expert and config.model.n_embd % 8:
+            raise ValueError(f"n_embd={config.model.n_embd} is no multiple of 8, as the experts' "
+                             f"products in bfloat16 need it: choose another, or --dtype=float32")
         self.compile = kind == "cuda" if config.compile == "auto" else config.compile
         if self.world_size > 1:
             timeout = timedelta(seconds=config.dist_timeout)  # if a process is gone or stuck

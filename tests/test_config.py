@@ -46,6 +46,8 @@ SHORT = ["--max_iters=500"]  # nothing to work out
     (["--out_dir=", *SHORT], "out_dir='' is empty"),
     (["--schedule=wsd", "--decay_share=0.81", *SHORT],
      "lets the decay begin at step 95, within warmup_iters=100: lower one of them"),
+    (["--n_expert=4", "--n_embd=36", "--n_head=2", "--dtype=bfloat16", "--device=cpu", *SHORT],
+     "n_embd=36 is no multiple of 8, as the experts' products in bfloat16 need it: choose"),
 ])
 def test_bad_configuration(arguments, message):
     assert message in refused("--dataset=data/none", *arguments)

@@ -18,7 +18,7 @@ import sample
 from lib.config import TrainConfig
 from lib.count import active_params, flops_per_token, num_params
 from lib.process import INDUCTOR_OPTIONS, compile_model
-from model import GPTConfig, MoE
+from model import GPT, GPTConfig, MoE
 from norms import fold_scale_vectors, named_scale_vectors
 
 HG = {"scale_heterogeneous": True}
@@ -101,6 +101,14 @@ def test_grouped_bfloat16_products_are_the_mixtures_formula(keys, width):
     size = torch.cat([t.flatten() for t in expected]).norm()
     for a, b in zip(found, expected):  # a β's gradient is a small sum of large terms
         assert (a - b).norm() <= 0.01 * b.norm() + 1e-3 * size
+
+
+def test_a_stream_that_bfloat16_cannot_multiply_is_named():
+    """Of a loaded model, say; a run is refused before it begins."""
+    model = tiny_gpt(**{**MIXTURE, "n_embd": 36, "n_head": 2, "n_kv_head": 1})
+    model.compute_dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="experts of 36 inputs and 48 outputs: in bfloat16 both"):
+        model(tiny_batch()[0])
 
 
 # ---- scale vectors -------------------------------------------------------------------------------
@@ -227,6 +235,37 @@ def test_what_a_loss_in_bfloat16_keeps(keys, compiled):
     loss.backward()
     assert model(idx)[0].dtype == torch.bfloat16
     assert {loss.dtype, *(p.dtype for p in model.parameters())} == {torch.float32}
+
+
+# ---- starting again ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("keys", [
+    {}, {**UNIFIED, "scale_reparam": "exponential"},
+    {**UNIFIED, **MIXTURE, "scale_placement": "dual"},
+    dict(scale_reparam="zero_centered", qk_norm=True, post_norm=True, tie_embeddings=True)],
+    ids=["shared", "ER", "mixture", "Gemma"])
+def test_a_model_without_memory_starts_as_any_other(keys):
+    """Built on the meta device and given memory, in which anything may stand, init_weights draws
+    what the seed draws elsewhere. Each module that has parameters can do so by itself."""
+    expected = tiny_gpt(**keys)
+    with torch.device("meta"):
+        model = GPT(expected.config)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(float("nan"))
+    torch.manual_seed(0)
+    expected.init_weights()
+    torch.manual_seed(0)
+    model.init_weights()
+    found, wanted = ({**dict(m.named_parameters()), **dict(m.named_buffers())}
+                     for m in (model, expected))
+    assert list(found) == list(wanted)
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+    for m in model.modules():
+        if next(m.parameters(recurse=False), None) is not None:
+            m.reset_parameters()
+    assert all((vector() == 1).all() for _, vector in named_scale_vectors(model))
 
 
 # ---- generation ----------------------------------------------------------------------------------

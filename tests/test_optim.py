@@ -8,8 +8,11 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import MIXTURE, UNIFIED, tiny_batch, tiny_gpt
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from norms import weight_decay_groups
 from optim import (
     Muon, learning_rate, load_optimizer_state, make_optimizer, optimizer_state, param_groups,
     update_norms)
@@ -124,6 +127,20 @@ def test_a_step_on_cuda_agrees_with_the_cpus(name):
         optimizer.step()
     for (key, a), b in zip(cpu.named_parameters(), gpu.parameters()):
         assert (a - b.cpu()).norm() <= 0.02 * a.norm(), key  # Muon orthogonalizes in bfloat16
+
+
+def test_flat_pieces_of_fsdp1_are_refused(tmp_path):
+    """Nothing would decay them. use_orig_params=True cuts each parameter, and else one has all."""
+    pieces = torch.nn.Module()
+    pieces._fsdp_wrapped_module = tiny_gpt()
+    for p in pieces.parameters():
+        p.data = p.data.flatten()  # what each of several processes has
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    flat = FullyShardedDataParallel(tiny_gpt(), device_id=torch.device("cpu"))
+    dist.destroy_process_group()
+    for model, name in ((pieces, "embedding.weight"), (flat, "_flat_param")):
+        with pytest.raises(ValueError, match=f"^_fsdp_wrapped_module.{name} may be a flat .*FSDP2"):
+            weight_decay_groups(model, 0.1, "input_norm")
 
 
 # ---- schedules -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ Proves that our own code in an exported folder keeps transformers' contracts, wi
 itself: Trainer's accumulation, generate's caches, positions, checkpointing, devices, tokenizer and
 files. What it cannot do it refuses by name.
 """
+import shutil
 import stat
 
 import pytest
@@ -98,6 +99,25 @@ def test_gradient_checkpointing(folder):
     torch.testing.assert_close(*grads)
     model.gradient_checkpointing_disable()
     assert not model.gpt.config.recompute
+
+
+def test_parameters_that_a_file_lacks_start_as_ours_do(folder, tmp_path):
+    """γ at 1, matrices at random; what the file has is loaded."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    state = safetensors.load_file(path)
+    missing = [name for name in state if "layers.1.attn.q." in name]
+    safetensors.save_file({name: state[name] for name in state.keys() - set(missing)}, path,
+                          metadata={"format": "pt"})
+    found = load(tmp_path).state_dict()
+    for name, value in state.items():
+        assert torch.equal(found[name], value) == (name not in missing), name
+        if name in missing and "scale" in name:
+            assert (found[name] == 1).all(), name
+        elif name in missing:
+            assert 0.8 < found[name].std() * 32 ** 0.5 < 1.2
+    assert len(missing) == 4
 
 
 # ---- caches --------------------------------------------------------------------------------------
