@@ -111,6 +111,17 @@ def test_your_model(make, namespace, tmp_path):
     assert (logits(yours.bfloat16(), idx).float() - exact).norm() < 0.05 * exact.norm()
 
 
+def test_a_tied_llama_is_saved_and_loaded(namespace, tmp_path):
+    llama(namespace)
+    namespace["config"].tie_word_embeddings = True
+    torch.manual_seed(0)
+    model = namespace["add_unified"](namespace["LlamaForCausalLM"](namespace["config"]))
+    torch.nn.init.normal_(model.lm_head.scale_out.alpha)
+    assert model.lm_head.tied and model.lm_head.weight is model.model.embed_tokens.weight
+    again, idx = namespace["save_and_load"](model, tmp_path), torch.randint(61, (2, 16))
+    assert torch.equal(again(idx).logits, model(idx).logits)
+
+
 # ---- the README ----------------------------------------------------------------------------------
 
 def test_norms_can_be_copied_alone(namespace):
