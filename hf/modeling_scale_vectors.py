@@ -20,8 +20,10 @@ import torch
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# transformers 5.0 copies only what this file itself imports
+from fast import Routing  # noqa: F401
 from model import GPT, GPTConfig
-from norms import ScaleVector  # noqa: F401  (transformers 5.0 copies what this file imports)
+from norms import ScaleVector  # noqa: F401
 
 KEYS = [f.name for f in fields(GPTConfig)]
 # transformers has renamed what generate calls its cache
@@ -86,14 +88,21 @@ class ScaleVectorsForCausalLM(PreTrainedModel, GenerationMixin):
         """Blocks are run again in the backward pass; how often is GPTConfig's recompute."""
         self.gradient_checkpointing = self.gpt.config.recompute = enable
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, use_cache=None,
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None,
+                                      cache_position=None, attention_mask=None, use_cache=None,
                                       **kwargs):
         """What forward reads for the next token: the ids that the cache has not seen, or all of
-        them if there is padding or no cache."""
+        them if there is padding or no cache. Their number comes as next_sequence_length, or by
+        early versions 5 as the length of cache_position."""
         cache = cache_in(kwargs)
+        check_known({name: kwargs[name] for name in kwargs if name.startswith("output_")})
         if has_padding(attention_mask):
             return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        return {"input_ids": input_ids[:, seen_by(cache):], CACHE: cache, "use_cache": use_cache}
+        if cache_position is not None:
+            next_sequence_length = len(cache_position)
+        if cache is not None and next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {"input_ids": input_ids, CACHE: cache, "use_cache": use_cache}
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
                 use_cache=None, return_dict=None, num_items_in_batch=None, **kwargs):

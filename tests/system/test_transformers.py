@@ -129,6 +129,8 @@ def test_every_cache_of_generate(custom):  # noqa: F811
     expected = greedy(custom, idx, 10, use_cache=False)
     for kind in ("dynamic", "static"):
         assert torch.equal(greedy(custom, idx, 10, cache_implementation=kind), expected), kind
+    again = greedy(custom, idx, 10, prefill_chunk_size=3, cache_implementation="static")
+    assert torch.equal(again, expected)
     again = greedy(custom, idx[:1], 10, prompt_lookup_num_tokens=3)
     assert torch.equal(again, expected[:1])
     padded = torch.cat((torch.zeros(1, 2, dtype=torch.long), idx[:1]), dim=1)
@@ -185,6 +187,8 @@ def test_arguments_are_done_or_refused(folder):
             (dict(attention_mask=mask, use_cache=True), "leave the cache out")):
         with pytest.raises(ValueError, match=line):
             model(idx, **keys)
+    with pytest.raises(ValueError, match="output_hidden_states has no effect"):
+        greedy(model, idx, 2, output_hidden_states=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="vocab_size=261; train one with another"):
         model.resize_token_embeddings(300)
     assert model.resize_token_embeddings(261) is model.get_input_embeddings()
