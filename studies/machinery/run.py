@@ -27,7 +27,7 @@ from pathlib import Path
 from lib.config import BUILTIN
 from lib.disk import write_whole
 from prepare_data import prepare_builtin
-from studies.machinery import results
+from studies.machinery import results, windows
 from studies.machinery.evidence import best_rates
 from studies.machinery.plan import RESULTS, ROOT, load_study, read_idea, read_study
 from studies.machinery.runs import RunFolders, code, outcome, start, stop_all, wait
@@ -284,6 +284,9 @@ def run_study(args):
     work, before = look()  # again: the same study may have ended elsewhere with other seeds
     planned = work.planned(study.rows, dict.fromkeys((*study.seeds, *work.seeds)))
     runs = work.find_all([*planned, *work.earlier])
+    if study.every_window:
+        windows.main([run.folder for run in runs.values()
+                      if run.state == "done" and not run.is_recorded])
     found = results.collect(study, args.scale, runs, planned, command_of(args), before)
     asked = work.planned(work.rows, work.seeds)
     missing = sum(not work.find(cell).has_ended for cell in asked)

@@ -1,11 +1,8 @@
 """
 The loss of a finished run on every window of its validation split, and on each document in it. The
 curves of a run use some of the windows; a comparison that decides uses them all.
-
-  python -m studies.machinery.windows RUN...      writes windows.json into each run's folder
 """
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from torch.nn import functional as F
 from lib.data import Dataset
 from lib.disk import write_whole
 from sample import load_model
+from studies.machinery.plan import ROOT
 
 BATCH = 32  # windows at a time
 
@@ -25,7 +23,8 @@ def every_window(folder):
     of each document]} of the newest checkpoint in a run's folder."""
     model, encoding, _ = load_model(folder)
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    split = Dataset(config["dataset"], config["block_size"], config["vocab_size"]).val
+    where = ROOT / Path(config["dataset"]).expanduser()
+    split = Dataset(where, config["block_size"], config["vocab_size"]).val
 
     losses, inputs = [], []
     for first in range(0, len(split), BATCH):
@@ -46,11 +45,8 @@ def every_window(folder):
 
 
 def main(folders):
+    """Write windows.json into the folder of each finished run that has none."""
     for folder in folders:
         path = Path(folder) / "windows.json"
         if (Path(folder) / "summary.json").is_file() and not path.is_file():
             write_whole(path, json.dumps(every_window(folder)) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
