@@ -175,16 +175,10 @@ def test_padding(custom, side):
         custom(some_ids(6, 1), attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1]]))
 
 
-def test_beams_and_cache_in_pieces(custom):
-    """Beams reorder the cache; one that several tokens continue at once sees no future."""
-    idx = some_ids(12)
-    beams = [greedy(custom, idx[:, :5], 6, num_beams=3, use_cache=c) for c in (True, False)]
+def test_beams(custom):
+    """They reorder the cache."""
+    beams = [greedy(custom, some_ids(5), 6, num_beams=3, use_cache=c) for c in (True, False)]
     assert torch.equal(*beams)
-    with torch.no_grad():
-        cache = transformers.DynamicCache(config=custom.config)
-        pieces = [custom(piece, cache=cache).logits for piece in idx.split((5, 4, 3), dim=1)]
-        expected = custom(idx).logits
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
