@@ -5,10 +5,14 @@ the sample number, and stays what it is. test_fuzz proves that the three formats
 """
 import json
 import os
+import pathlib
+import re
+import shlex
 import shutil
 
 import numpy as np
 import pytest
+from conftest import ROOT, run
 
 from lib.data import Dataset, Split, find_shards, permute, window_numbers
 
@@ -138,6 +142,29 @@ def test_bytes_per_token_of_gpt2s_shards(tmp_path, needs_gpt2):
     tokens = needs_gpt2.encode(text) + [needs_gpt2.eot_token]
     nanogpt_folder(tmp_path, tokens)
     assert Dataset(tmp_path, 16, 50304).val_bytes_per_token == len(text) / len(tokens)
+
+
+def test_the_pages_own_tokenizer(texts, tmp_path, monkeypatch):
+    """docs/data.md from file to sample: as many bytes a token as its merges give, and a sample."""
+    page = (ROOT / "docs/data.md").read_text("utf-8").split("## Your own tokenizer")[1]
+    train_it, module, commands = re.findall(r"```\w+\n(.*?)```", page, re.DOTALL)[:3]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(texts, "texts")
+    exec(train_it, {})
+    pathlib.Path("tiktoken_ext/mine.py").write_text(module, "utf-8")
+    program = [f"sys.path.insert(0, {str(ROOT)!r})"]
+    for line in commands.splitlines():
+        _, name, *args = shlex.split(line)
+        if name == "train.py":
+            args = [str(ROOT / args[0]), *args[1:], "--max_iters=2", "--eval_windows=2",
+                    "--sample_tokens=0"]
+        module = name.removesuffix(".py")
+        program.append(f"from {module} import main; main({args!r})")
+    code = "import sys\n" + "\n".join(program)
+    printed = run("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}).stdout
+    opened = Dataset("data/mine", 16, 301)
+    assert opened.tokenizer == "mine" and 1.2 < opened.val_bytes_per_token < 3
+    assert "(mine)" in printed and "bits/byte" in printed and "\n12 + " in printed
 
 
 def test_our_folder_must_fit_the_model(dataset):
