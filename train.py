@@ -28,7 +28,7 @@ import optim
 from lib.checkpoint import changed_keys, check_finite, load_checkpoint, load_weights
 from lib.config import BUILTIN, describe_keys, load_config, share_batch, to_dict, tokens_per_step
 from lib.data import Dataset, get_encoding, window_numbers
-from lib.log import RunLog, describe, summarize, without_gradient
+from lib.log import RunLog, describe, look_at, summarize
 from lib.output import say
 from lib.process import Process, compile_model, hard_exit, report, stop_signals, to_device
 from model import GPT
@@ -184,8 +184,8 @@ def train(config, process):
         run.batches = Batches(dataset.train, config, process, run.sequences)
 
         # DistributedDataParallel must know of idle parameters, and come before compiling
-        run.idle = without_gradient(run.model)
-        run.parallel = process.parallel(run.model, idle=bool(run.idle))
+        run.problems, idle = look_at(run.model)
+        run.parallel = process.parallel(run.model, idle=bool(idle))
         if process.compile:
             compile_model(run.model)
         describe(run)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from lib.check import check, idle, map_table
 from lib.checkpoint import changed_keys, checkpoints, newest_checkpoint, save_checkpoint
 from lib.config import to_dict, tokens_per_step
 from lib.count import active_params, flops_per_token, num_params, scale_params
@@ -243,8 +244,10 @@ def describe(run):
     if process.device.type == "cpu" and threads > 1 and load + threads > cores + 0.5:
         say(f"this machine is busy (load {load:.1f}, {cores} cores), and {threads} threads would "
             f"wait for each other: set OMP_NUM_THREADS=1")
-    for name in run.idle:
-        say(f"{name} gets no gradient: the loss does not depend on it, so only decay can move it")
+    decayed = {name for group in run.optimizer.param_groups if group["weight_decay"]
+               for name in group["param_names"]}
+    for line in (*map_table(model, decayed), *run.problems):
+        say(line)
 
 
 def summarize(run, val_loss, val_bpb):
@@ -264,16 +267,20 @@ def summarize(run, val_loss, val_bpb):
         f"and summary.json; draw it with `{draw}`")
 
 
-def without_gradient(model):
-    """The names of the trainable parameters whose gradient is missing, or zero everywhere, for a
-    short sequence. Scale vectors are computed as one batch, so one that the loss does not depend
-    on has a zero gradient, and decay would still shrink it."""
-    config, device = model.config, next(model.parameters()).device
+def look_at(model):
+    """(sentences on what is wrong with a GPT, the names of its parameters without gradient), by a
+    short sequence in float32."""
+    config, dtype, device = model.config, model.compute_dtype, next(model.parameters()).device
     tokens = torch.arange(min(16, config.block_size), device=device)[None] % config.vocab_size
-    loss = model(tokens, tokens)[1] + model.auxiliary_loss()
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-    return [name for (name, _), g in zip(named, gradients) if g is None or not g.any()]
+
+    def loss(model, tokens):
+        return model(tokens, tokens)[1] + model.auxiliary_loss()
+
+    model.compute_dtype = None
+    try:
+        return check(model, tokens, loss), idle(model, tokens, loss)
+    finally:
+        model.compute_dtype = dtype
 
 
 def lines_before(path, step):
