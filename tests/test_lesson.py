@@ -1,12 +1,14 @@
 """
-Proves that docs/lesson.md can be typed as it stands: each block runs, prints what the page shows,
-and has at most fifteen lines; its commands work; its numbers from studies are those of
+Proves that docs/lesson.md can be typed at a prompt as it stands: each block runs, prints what the
+page shows, and has at most fifteen lines; its commands work; its numbers from studies are those of
 docs/studies.md. tests/answers/ has its exercises.
 """
+import code
 import contextlib
 import io
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, trained
@@ -24,14 +26,18 @@ def same_line(found, expected):
         assert abs(float(a) - float(b)) < 1.5 * 10 ** -len(b.partition(".")[2]), (found, expected)
 
 
-def test_each_block_prints_what_the_page_shows():
-    names, printed = {}, ""
+def test_each_block_prints_what_the_page_shows(monkeypatch):
+    monkeypatch.setattr(sys, "displayhook", lambda value: None)  # what a prompt echoes
+    console, printed = code.InteractiveConsole(), ""
     for language, text in re.findall(r"```(\w+)\n(.*?)```", LESSON, re.DOTALL):
         if language == "python":
             assert text.count("\n") <= 15 and not printed, text
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(text, names)
+            with (contextlib.redirect_stdout(io.StringIO()) as out,
+                  contextlib.redirect_stderr(io.StringIO()) as errors):
+                for line in (*text.splitlines(), ""):
+                    console.push(line)
             printed = out.getvalue()
+            assert not errors.getvalue(), errors.getvalue()
         elif language == "text":
             for found, expected in zip(printed.splitlines(), text.splitlines(), strict=True):
                 same_line(found, expected)

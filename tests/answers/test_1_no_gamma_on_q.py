@@ -8,9 +8,8 @@ from conftest import tiny_batch, tiny_gpt
 
 
 def test_no_gamma_on_q():
-    models = [tiny_gpt(torch.float64, scale_heterogeneous=True) for _ in range(2)]
-    for layer in models[1].layers:
-        layer.attn.q.scale_in = None
+    models = [tiny_gpt(torch.float64, scale_heterogeneous=True, scale_vectors_on=on)
+              for on in ("all", "k,v,gate,up,head")]
     x, y = tiny_batch()
     a, b = (model(x)[0] for model in models)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
