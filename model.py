@@ -340,8 +340,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """
         parameter                     start (ours: the paper does not say)
-        embedding, q k v, gate up     normal(0, init_std)
-        router                        normal(0, init_std)
+        embedding, q k v, gate up     normal(0, init_std), and so does the router
         o, down                       normal(0, init_std / sqrt(2 n_layer)): see `linear`
         head                          normal(0, init_std), or the embedding if tied
         every scale vector            γ = 1: see ScaleVector
@@ -354,11 +353,16 @@ class GPT(nn.Module):
         if self.config.tie_embeddings:  # again, because to_empty makes two of them
             self.head.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=self.config.init_std)
+        known = {self.embedding.weight}
         for m in self.modules():
             if isinstance(m, ScaleVector) or isinstance(m, ScaledLinear) and not m.tied:
                 m.reset_parameters()
+                known.update(m.parameters())
         for table, start in zip((self.cos, self.sin), rope_tables(self.config)):
             table.copy_(start)
+        for name, p in self.named_parameters():
+            if p not in known:
+                raise ValueError(f"init_weights does not know {name}: give it its start there")
 
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) token ids; targets (B, T) the ids that follow, -1 where nothing is predicted.

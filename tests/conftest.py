@@ -49,6 +49,21 @@ def tiny_gpt(dtype=torch.float32, seed=0, **keys):
     return GPT(GPTConfig(**{**TINY, **keys})).to(dtype)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def the_default_model_is_the_one_that_tests_know():
+    """In place of an error in every test that compares the model with another: one sentence."""
+    from reference import decoder
+    model, (idx, _) = randomize_scales(tiny_gpt(torch.float64)), tiny_batch()
+    try:
+        same = torch.allclose(model(idx)[0], decoder(model, idx)[0], rtol=0, atol=1e-9)
+    except (AttributeError, RuntimeError):
+        same = False
+    if not same:
+        pytest.exit("with default keys GPT no longer computes what tests/reference.py does: give "
+                    "your change a key that is off by default (docs/fork.md), or write it into "
+                    "tests/reference.py too", returncode=1)
+
+
 def gpt_with_idle(config):
     """A fork's model, with a matrix that the forward pass forgets."""
     model = GPT(config)

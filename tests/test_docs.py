@@ -5,12 +5,15 @@ every file, module, config key and link that a page names exists.
 """
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import MIXTURE, ROOT, tiny_gpt
+from conftest import MIXTURE, ROOT, randomize_scales, run, tiny_gpt
 from test_every_entry import check_claims, check_one_function
+from torch.nn.utils import parametrize, prune
 
 import model
 import norms
@@ -40,10 +43,13 @@ def namespace():
         entries.update(old)
 
 
-FORK = re.findall(r"^## (.*)$", (ROOT / "docs/fork.md").read_text(encoding="utf-8"), re.MULTILINE)
+FORK = (ROOT / "docs/fork.md").read_text(encoding="utf-8")
+PATCHES = [part for part in re.split(r"^## ", FORK, flags=re.MULTILINE) if "```diff" in part]
+HEADINGS = [heading for heading in re.findall(r"^## (.*)$", FORK, re.MULTILINE)
+            if not any(part.startswith(heading) for part in PATCHES)]
 
 
-@pytest.mark.parametrize("heading", FORK)
+@pytest.mark.parametrize("heading", HEADINGS)
 def test_fork(heading, namespace):
     """Its blocks and the tests in them run; each entry that they add keeps to one function."""
     known = [set(entries) for entries in DICTS]
@@ -64,6 +70,47 @@ def test_fork(heading, namespace):
         for placement in ("input", "dual_norm"):
             check_one_function(scale_reparam=name, scale_placement=placement,
                                scale_heterogeneous=True)
+
+
+def copy_of_the_code(folder):
+    """What tests of a fork need."""
+    for name in ("lib", "hf", "configs", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_patches(tmp_path):
+    """The page's two patches in one copy of the code: its tests, and test_every_entry's of their
+    keys, pass there."""
+    copy, keys = copy_of_the_code(tmp_path), []
+    for part in PATCHES:
+        [patch] = re.findall(r"```diff\n(.*?)```", part, re.DOTALL)
+        subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=copy, check=True)
+        names, *tests = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+        keys += eval(names.removeprefix("FORK_KEYS = "))[1:]
+        [test] = tests
+        path = copy / "tests" / f"test_of_fork_{len(keys)}.py"
+        path.write_text("import torch\nfrom conftest import *\n" + test, "utf-8")
+    conftest = (copy / "tests" / "conftest.py").read_text("utf-8")
+    assert conftest.count("FORK_KEYS = [{}]\n") == 1
+    patched = conftest.replace("FORK_KEYS = [{}]\n", f"FORK_KEYS = {keys}\n")
+    (copy / "tests" / "conftest.py").write_text(patched, "utf-8")
+    some = ("of_fork or attn_gate and (shared or mixture or promises)"
+            " or learned_positions and (shared or promises)")
+    done = run("-m", "pytest", "-q", "-x", "-k", some, "tests/test_every_entry.py",
+               "tests/test_keys.py", *sorted(copy.glob("tests/test_of_fork_*.py")), cwd=copy)
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 40, done.stdout
+
+
+def test_a_change_that_is_always_on_gets_one_sentence(tmp_path):
+    copy = copy_of_the_code(tmp_path)
+    model = (copy / "model.py").read_text("utf-8")
+    (copy / "model.py").write_text(model.replace("F.silu(gate)", "F.gelu(gate)"), "utf-8")
+    done = run("-m", "pytest", "-q", "tests/test_model.py", cwd=copy, check=False)
+    assert done.returncode == 1 and "give your change a key that is off by default" in done.stdout
+    assert "Tensor-likes" not in done.stdout
 
 
 def small_model(namespace):
@@ -106,6 +153,8 @@ def test_your_model(make, namespace, tmp_path):
     else:
         assert torch.equal(logits(namespace["save_and_load"](yours, tmp_path), idx), exact)
 
+        check_stock_llama(namespace, idx, tmp_path / "stock")
+
     with torch.autocast("cpu", torch.bfloat16):
         assert (logits(yours, idx).float() - exact).norm() < 0.05 * exact.norm()
     assert (logits(yours.bfloat16(), idx).float() - exact).norm() < 0.05 * exact.norm()
@@ -122,24 +171,72 @@ def test_a_tied_llama_is_saved_and_loaded(namespace, tmp_path):
     assert torch.equal(again(idx).logits, model(idx).logits)
 
 
+def check_stock_llama(namespace, idx, folder):
+    """Without DNP the page's Llama becomes one of transformers' own."""
+    Llama = namespace["LlamaForCausalLM"]
+    yours = randomize_scales(namespace["add_unified"](Llama(namespace["config"]), "dual"))
+    namespace["to_stock_llama"](yours, folder)
+    stock = Llama.from_pretrained(folder)
+    torch.testing.assert_close(stock(idx).logits, yours(idx).logits, rtol=0, atol=1e-4)
+
+
+def test_fsdp2_and_muon():
+    script = ROOT / "tests" / "two_shards.py"
+    printed = run(script, processes=2, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}).stdout
+    assert printed.count("as the page says") == 2
+
+
+def test_what_the_page_says_of_hooks_prune_and_parametrizations(namespace):
+    small_model(namespace)
+    yours, idx, fired = namespace["model"], torch.randint(61, (2, 16)), []
+    q, k = yours.blocks[0].q, yours.blocks[0].k
+    hook = q.register_forward_hook(lambda *_: fired.append("q"))
+    vector = q.scale_in.register_forward_hook(lambda *_: fired.append("γ"))
+    before = yours(idx)
+    assert fired == ["γ"]
+    hook.remove(), vector.remove()
+
+    class Double(torch.nn.Module):
+        def forward(self, W):
+            return 2 * W
+
+    parametrize.register_parametrization(yours.blocks[0].o, "weight", Double())
+    changed = yours(idx)
+    assert (changed - before).norm() > 0.01 * before.norm()
+    parametrize.remove_parametrizations(yours.blocks[0].o, "weight")
+    torch.testing.assert_close(norms.fold_scale_vectors(yours)(idx), changed, rtol=0, atol=1e-5)
+
+    prune.l1_unstructured(k, "weight", 0.5)
+    yours(idx).sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        yours(idx).sum().backward()
+
+
 # ---- the README ----------------------------------------------------------------------------------
 
-def test_norms_can_be_copied_alone(namespace):
-    """It imports torch and the standard library only. In the README's example of it γ_b decays, γ_a
-    does not, and folding keeps the outputs. Its other example is one that test_fork runs."""
+def test_norms_can_be_copied_alone():
+    """It imports torch and the standard library only. README's example is one that test_fork
+    runs."""
     assert blocks("README.md", "Fork it") == blocks("docs/fork.md", "A placement")[:1]
     source = (ROOT / "norms.py").read_text(encoding="utf-8")
     modules = set(re.findall(r"^\s*(?:import|from) (\w+)[^\n]*$", source, re.MULTILINE))
     assert modules - sys.stdlib_module_names == {"torch"}
 
-    [example] = blocks("README.md", "Use it in your own model")
-    exec(example, namespace)
-    layer, groups = namespace["layer"], namespace["optimizer"].param_groups
-    found = {g["name"]: (g["param_names"], g["weight_decay"]) for g in groups}
-    assert found["scale_decayed"] == (["scale_in.alpha"], 0.1)
-    assert found["scale"] == (["scale_out.alpha", "scale_out.beta"], 0.0)
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(norms.fold_scale_vectors(layer)(x), layer(x))
+
+def test_the_readmes_five_lines():
+    """They are a unified ScaledLinear, and what decays is what weight_decay_groups decays."""
+    layer, x = norms.ScaledLinear((128, 64), "dual_norm", reparam="original"), torch.randn(64)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    names = {"norm": norms.rms_norm, "x": x, "W": layer.weight, "alpha_b": layer.scale_in.alpha,
+             "alpha_a": layer.scale_out.alpha, "beta": layer.scale_out.beta}
+    code = blocks("README.md")[0]
+    assert code.count("\n") == 5
+    exec(code, names)
+    torch.testing.assert_close(layer(x), names["y"])
+    groups = norms.weight_decay_groups(layer, 0.1, "input_norm")
+    decayed = [p for g in groups if g["weight_decay"] for _, p in g["params"]]
+    assert all(a is b for a, b in zip(decayed, names["decay"], strict=True))
 
 
 def test_every_row_of_the_readmes_variants_exists():
