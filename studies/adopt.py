@@ -27,6 +27,7 @@ from studies.common import (
     UNIFIED,
 )
 
+ON_MAPS = {"scale_placement_on": "q,k,v,gate,up"}  # not on the head
 QK_NORM = {**NO_DECAY, "qk_norm": True}
 BASELINE, MODERN = "baseline without decay on γ", "Q/K-norm without decay on γ"
 BUT_THE_HEAD = "unified but the head"
@@ -42,7 +43,7 @@ rows = {
     BASELINE: NO_DECAY,
     MODERN: QK_NORM,
     "unified": UNIFIED,
-    BUT_THE_HEAD: {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
+    BUT_THE_HEAD: {**UNIFIED, **ON_MAPS},
     **{f"baseline without decay {words}": {**NO_DECAY, **keys} for words, keys in LONGER.items()},
     **{f"Q/K-norm without decay {words}": {**QK_NORM, **keys} for words, keys in LONGER.items()},
     "HG + OR + IWD": {**HG, **OR, **IWD},
@@ -54,6 +55,9 @@ rows = {
     "Q/K-norm and unified on v and gate and up": {
         **UNIFIED, "qk_norm": True, "scale_placement_on": "v,gate,up"},
     "baseline": {},
+    # in DNP's place: its predecessor without γ_b (SDD), and the norm of a row of W in place of Wx's
+    **{f"{placement} + OR but the head": {"scale_placement": placement, **OR, **NO_DECAY, **ON_MAPS}
+       for placement in ("after_norm", "weight_norm")},
 }
 comparisons = {
     ("unified", MODERN): {}, (BUT_THE_HEAD, MODERN): {},  # the primary ones
