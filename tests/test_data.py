@@ -3,6 +3,7 @@ Proves that damage is refused before a run and during one, that shards of other 
 recognised, and that the order of training is a permutation that depends on nothing but the seed and
 the sample number, and stays what it is. test_fuzz proves that the three formats give their tokens.
 """
+import hashlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
+from lib import data
 from lib.data import Dataset, Split, find_shards, permute, window_numbers
 
 
@@ -49,6 +51,15 @@ def test_windows_of_tokens_of_four_bytes(tmp_path):
     x, y = Split([path], block_size=8)[[5, 2]]
     assert x.tolist() == [tokens[40:48].tolist(), tokens[16:24].tolist()]
     assert y.tolist() == [tokens[41:49].tolist(), tokens[17:25].tolist()]
+
+
+def test_a_whole_shard_is_read_in_blocks(tmp_path, monkeypatch):
+    """Of 7 tokens here: all of them once, and the checksum is of all."""
+    monkeypatch.setattr(data, "READ_TOKENS", 7)
+    shard = data.Shard(llmc_shard(tmp_path / "x.bin", range(100, 153)))
+    assert np.concatenate(list(shard.blocks())).tolist() == list(range(100, 153))
+    digest = hashlib.sha256(np.arange(100, 153, dtype="<u2").tobytes()).hexdigest()
+    assert shard.checksum() == (digest, 152)
 
 
 @pytest.mark.parametrize("change, message", [

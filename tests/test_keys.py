@@ -305,9 +305,12 @@ def tokens_per_param(runs, key):
     """Of the parameters that a token meets."""
     for value, context in ((0.008, {}), (0.02, {}), (0.008, MIXTURE)):
         run = runs(max_iters=0, tokens_per_param=value, **context)
-        sizes = [p.numel() * (2 / 5 if p.ndim == 3 else 1) for p in run.first.parameters()]
-        batch = 2 * 16 * context.get("batch_size", 3)
-        assert len(losses(run.folder)) == math.ceil(value * sum(sizes) / batch) > 1
+        active = round(sum(p.numel() * (2 / 5 if p.ndim == 3 else 1)
+                           for p in run.first.parameters()))
+        batch, steps = 2 * 16 * context.get("batch_size", 3), len(losses(run.folder))
+        assert steps == math.ceil(value * active / batch) > 1
+        assert not context or f" parameters ({active:,} active), " in run.text
+        assert f"{steps * batch / len(runs.tokens('train')):.2f} epochs" in run.text
 
 
 def max_bad_steps(runs, key):

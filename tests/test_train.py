@@ -65,6 +65,7 @@ def test_run_folder(undisturbed, dataset):
     per_byte = Dataset(dataset, 32).val_bytes_per_token
     assert summary["val_bpb"] == pytest.approx(summary["val_loss"] / np.log(2) / per_byte)
     assert summary["steps"] == 12 and summary["tokens"] == 12 * 8 * 32
+    assert summary["tokens_per_s"] * summary["seconds"] == pytest.approx(12 * 8 * 32)
     model = meta_model(config)
     assert summary["params"] == num_params(model)
     assert summary["scale_params"] == scale_params(model)
@@ -98,8 +99,9 @@ def test_scale_and_matrix_events(mixture):
         assert (r["min"], r["max"]) == (gamma.min().item(), gamma.max().item())
         assert r["mean"] == pytest.approx(gamma.mean().item())
         assert r["std"] == pytest.approx(gamma.std(unbiased=False).item(), rel=1e-5)
-        alpha = scales[r["name"]].alpha
+        alpha, beta = scales[r["name"]].alpha, scales[r["name"]].beta
         assert r["alpha"] == pytest.approx(alpha.norm().item() / alpha.numel() ** 0.5)
+        assert r["beta"] == (pytest.approx(beta.mean().item()) if torch.is_tensor(beta) else None)
     moments = newest_checkpoint(out)[1]["optimizer"]
     for r in by_matrix[-len(matrices):]:
         W, state = matrices[r["name"]].detach(), moments[r["name"]]
@@ -208,6 +210,7 @@ def test_one_process_equals_two_however_the_batch_is_cut(undisturbed, two):
     assert [o["small"][0] for o in outcomes] == [0, 0]
     assert outcomes[1]["small"][1:] == ["", ""]  # only the main process prints
     assert [o["averaged"] for o in outcomes] == [12, 12]
+    assert len({*outcomes[0]["seeds"], *outcomes[1]["seeds"]}) == 2 * 12  # of a fork's dropout
     same_losses(folder / "small", undisturbed[0])
 
 

@@ -5,6 +5,7 @@ without locks, a lack of compilers, other encodings. Real pipes, signals and pro
 import ast
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -113,6 +114,8 @@ def test_a_clock_that_was_wrong_makes_no_checkpoint_unusable(undisturbed, datase
     state = {**newest_checkpoint(undisturbed[0])[1], "seconds": -3600.0}
     save_checkpoint(tmp_path, 12, state, keep=1)
     trained(UNIFIED_CONFIG, *start(tmp_path, dataset, "--max_iters=13", "--resume"))
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert -3600 < summary["seconds"] < 0  # a resumed run counts on
 
 
 # ---- file systems --------------------------------------------------------------------------------

@@ -91,6 +91,18 @@ def test_every_kind_of_file_comes_back_as_its_text(tmp_path):
     assert not any(is_validation(text, 0.3) for text in train)
 
 
+def test_a_large_vocabulary_makes_shards_of_four_bytes(tmp_path, monkeypatch):
+    wide = tiktoken.Encoding("wide", pat_str="(?s:.)", special_tokens={"<|endoftext|>": 70_000},
+                             mergeable_ranks={bytes([i]): i for i in range(256)})
+    monkeypatch.setattr("prepare_data.get_encoding", lambda name: wide)
+    files = [tmp_path / f"{number}.txt" for number in range(9)]
+    for file in files:
+        file.write_text(file.name, encoding="utf-8")
+    make(files, tmp_path / "out", val_fraction=0.5)
+    tokens = np.fromfile(tmp_path / "out" / "train_000000.bin", "<u4", offset=1024).tolist()
+    assert bytes(tokens[:5]) in {file.name.encode() for file in files} and tokens[5] == 70_000
+
+
 def test_the_bytes_stay_those_of_earlier_versions(tmp_path):
     """meta.json has the checksums of all shards. The number of threads changes nothing."""
     lines = [{"text": f"document {i}, " * (1 + i * 7 % 60)} for i in range(900)]
