@@ -87,6 +87,10 @@ def test_every_kind_of_file_comes_back_as_its_text(tmp_path):
     make([folder], tmp_path / "out", val_fraction=0.3)
     train, val = (documents_of(tmp_path / "out", split) for split in ("train", "val"))
     assert sorted(train + val) == sorted([*texts, "?"])  # a lone surrogate is no UTF-8
+    meta = json.loads((tmp_path / "out" / "meta.json").read_bytes())["splits"]
+    for split, found in (("train", train), ("val", val)):
+        assert meta[split]["bytes"] == sum(len(text.encode()) for text in found)
+        assert meta[split]["documents"] == len(found)
     assert all(is_validation(text, 0.3) for text in val)
     assert not any(is_validation(text, 0.3) for text in train)
 

@@ -180,7 +180,7 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, dataset, tmp_path)
     same_runs(undisturbed[0], out)
 
 
-NEW = {"learning_rate": 3e-3, "weight_decay": 0.7, "scale_weight_decay": "all", "beta1": 0.5,
+NEW = {"learning_rate": 3e-3, "weight_decay": 0.7, "scale_weight_decay": "none", "beta1": 0.5,
        "decay_embeddings": False, "beta2": 0.8, "muon_momentum": 0.6, "scale_lr": 2.0}
 
 
@@ -198,7 +198,7 @@ def test_changed_hyperparameters_are_in_force(dataset, tmp_path, kind):
     config = load_config(args)
     model = GPT(config.model)
     model.load_state_dict(state["model"])
-    groups = param_groups(model, 0.7, "all", decay_embeddings=False, scale_lr=2.0)
+    groups = param_groups(model, 0.7, "none", decay_embeddings=False, scale_lr=2.0)
     optimizer = make_optimizer(groups, kind, 3e-3, (0.5, 0.8), 0.6)
     load_optimizer_state(optimizer, state["optimizer"])
     batches = batches_of(dataset, config, sequences=3 * 8)
