@@ -197,7 +197,7 @@ def test_vectors_computed_gammas_in_batches():
 @pytest.mark.parametrize("placement", ["dual_norm", "after_norm"])
 @pytest.mark.parametrize("reparam", REPARAMS)
 def test_the_gram_way_is_the_same_function(placement, reparam):
-    """In float64, in value and every gradient; few rows go the direct way."""
+    """In float64, in value and every gradient; few rows go the direct way, and so do heads."""
     m = scaled_linear((160, 8), placement, reparam=reparam, eps=0.1)
     x = random(2, 20, 8).requires_grad_()
     probe = random(2, 20, 160)
@@ -208,6 +208,8 @@ def test_the_gram_way_is_the_same_function(placement, reparam):
         close(a, b, 1e-11)
     assert torch.equal(apply_wide(m, x), found) and torch.equal(apply_wide(m, x[0]), m(x[0]))
     assert not torch.equal(found, direct)  # they are two ways
+    m.norm_width = 16
+    assert torch.equal(apply_wide(m, x), m(x))
 
 
 @torch.no_grad()
