@@ -36,7 +36,7 @@ def linear(m, x, eps, e=None, width=None):
     and SDD, γ_a ⊙ Norm(W(γ_b ⊙ x)), over each `width` channels (eq. 7). Under weight_norm each row
     of W is as long as init_std √d."""
     W = m.weight[e] if m.weight.ndim == 3 else m.weight
-    if m.placement is PLACEMENTS["weight_norm"]:
+    if m.placement == PLACEMENTS["weight_norm"]:
         W = m.init_std * len(W[0]) ** 0.5 * W / W.norm(dim=1, keepdim=True)
     y = (gamma(m.scale_in, e) * x) @ W.T
     if m.placement in (PLACEMENTS["dual_norm"], PLACEMENTS["after_norm"]):
