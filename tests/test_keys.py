@@ -33,7 +33,7 @@ MIXTURE = dict(n_expert=5, n_expert_active=2, d_expert=13, load_balance_coef=0.5
                router_z_coef=0.25, batch_size=4)
 DUAL, DNP = {"scale_placement": "dual"}, {"scale_placement": "dual_norm", "norm_eps": 1e-12}
 MUON = {"optimizer": "muon", "weight_decay": 2.0}
-WSD = {"schedule": "wsd", "decay_share": 0.8, "decay_shape": "linear"}
+WSD = {"schedule": "wsd", "decay_share": 0.75, "warmup_iters": 1}
 
 
 def keys_of(keys):
@@ -451,7 +451,7 @@ CASES = {
     "max_bad_steps": max_bad_steps,
     "dist_timeout": dist_timeout,
     # the schedule
-    "schedule": trains("wsd", decay_share=0.8, **MUON),
+    "schedule": trains("wsd", max_iters=6, decay_share=0.3, warmup_iters=1, **MUON),
     "warmup_iters": trains(1, 3),
     "min_lr": trains(4e-3, 9e-3),
     "decay_share": trains(0.3, 0.5, **WSD),
