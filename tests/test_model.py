@@ -155,8 +155,12 @@ IN_HG = vectors(READERS, "scale_in", BOTH) | FINAL
      | vectors(("attn.q_norm", "attn.k_norm"), "scale", NEITHER)),
     ({**MIXTURE, "n_dense_layer": 0, **HG},
      IN_HG | vectors(("mlp.router", "mlp.shared_gate", "mlp.shared_up"), "scale_in", BOTH)),
+    ({**MIXTURE, "n_dense_layer": 0, "scale_placement": "dual_norm", **HG},
+     IN_HG | vectors(("mlp.router", "mlp.shared_gate", "mlp.shared_up"), "scale_in", BOTH)
+     | vectors((*READERS, "head", "mlp.shared_gate"), "scale_out", NEITHER)
+     | vectors(("attn.v", "mlp.up", "mlp.shared_up"), "scale_out", ABSORBED)),
 ], ids=["shared", "HG", "AP", "DP", "DP on q, o", "DNP", "output norms", "tied", "none", "mixture",
-        "AP mixture", "chosen maps", "HG mixture"])
+        "AP mixture", "chosen maps", "HG mixture", "DNP mixture"])
 def test_scale_vectors_and_their_roles(keys, expected):
     found = named_scale_vectors(tiny_gpt(**{**keys, "n_layer": 1}))
     assert expected == {name.removeprefix("layers.0."): (vector.input_norm, vector.absorbable)
