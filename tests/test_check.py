@@ -8,9 +8,10 @@ import torch
 from conftest import EVERYWHERE, MIXTURE, UNIFIED, gpt_with_idle, tiny_batch, tiny_gpt
 from torch import nn
 
+import model as model_file
 from lib.check import check, idle, map_table
 from model import GPTConfig
-from norms import OutputNorm, ScaledLinear
+from norms import OutputNorm, ScaledLinear, ScaleVector
 from optim import param_groups
 
 
@@ -37,12 +38,25 @@ def test_a_norm_undoes_beta():
     assert re.findall(r"layers\.\d\.(\w+\.\w+)\.scale_out.beta", line) == ["attn.v", "mlp.up"] * 2
 
 
+def test_a_beta_at_its_best_is_not_idle():
+    """Its gradient is next to nothing, too, but another β changes the loss."""
+    vector = ScaleVector((4,), True, True, "original")
+    slope = torch.tensor([1.0, -1.0, 0.5, -0.4999])
+
+    def loss(vector, batch):
+        gamma = vector()
+        return (gamma.square().mean() - 1).square() + gamma @ slope + 1
+    assert check(vector, None, loss) == []
+
+
 class Yours(nn.Module):
-    """Two maps behind a norm of PyTorch's; `between` stands between v and o."""
+    """Two maps behind a norm of PyTorch's and a shift, which is no scale vector; `between` stands
+    between v and o."""
 
     def __init__(self, between):
         super().__init__()
         self.norm, self.between = nn.RMSNorm(16), between
+        self.shift = nn.Parameter(torch.randn(16))
         self.v = ScaledLinear((8, 16), "dual_norm", norm_width=4)
         self.gate, self.o = ScaledLinear((8, 16), "dual"), ScaledLinear((4, 8), None)
         self.o.absorb(self.v)
@@ -50,7 +64,7 @@ class Yours(nn.Module):
             nn.init.normal_(m.weight)
 
     def forward(self, x):
-        x = self.norm(x)
+        x = self.norm(x + self.shift)
         return {"y": self.o(self.between(self.v(x) * self.gate(x).sigmoid()))}
 
 
@@ -76,10 +90,25 @@ def test_a_weight_that_nobody_initialized(value):
 
 
 def test_a_parameter_without_gradient():
-    model = gpt_with_idle(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=61, block_size=16))
-    assert idle(model, tiny_batch()[0]) == ["layers.0.idle"]
-    assert found(model) == ["layers.0.idle gets no gradient: the loss does not depend on it, so "
-                            "only decay can move it"]
+    """One that is forgotten has none; a forgotten vector that is computed with others has zeros."""
+    model = gpt_with_idle(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=61, block_size=16,
+                                    scale_reparam="zero_centered"))
+    model.layers[0].spare = ScaleVector((8,), True, True, "zero_centered")
+    assert idle(model, tiny_batch()[0]) == ["layers.0.idle", "layers.0.spare.alpha"]
+    assert found(model)[0] == ("layers.0.idle gets no gradient: the loss does not depend on it, so "
+                               "only decay can move it")
+    assert len(found(model)) == 2
+
+
+def test_init_weights_refuses_what_it_does_not_know(monkeypatch):
+    class Forked(model_file.Block):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.extra = nn.Linear(3, 3, bias=False)
+
+    monkeypatch.setattr(model_file, "Block", Forked)
+    with pytest.raises(ValueError, match="init_weights does not know layers.0.extra.weight"):
+        tiny_gpt()
 
 
 def test_the_table_of_maps():
