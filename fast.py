@@ -10,7 +10,6 @@ A reader who wants to know what the model computes can leave this file out.
 import contextlib
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from norms import REPARAMS, ScaleVector, scale, scale_weight
@@ -21,10 +20,12 @@ from norms import REPARAMS, ScaleVector, scale, scale_weight
 def gammas_in_batches(modules):
     """Within it, the ScaleVectors among the modules return a γ that was computed in one batch with
     all others of its shape. A model of 4 layers with HG, DNP and OR has 42, and one by one they
-    take a tenth of its step on a CPU."""
+    take a tenth of its step on a CPU. One thread at a time: the modules hold what was computed.
+    A shard (DTensor) is left out, because its layer gathers it later."""
     batches = {}
     for m in modules:
-        if isinstance(m, ScaleVector) and m.reparam != "none":
+        plain = isinstance(m, ScaleVector) and type(m.alpha) is torch.nn.Parameter
+        if plain and m.reparam != "none":
             kind = m.reparam, m.alpha.shape, torch.is_tensor(m.beta)
             batches.setdefault(kind, []).append(m)
     try:
@@ -78,26 +79,28 @@ def by_gram(m, x):
 
 
 class MeanSquare(torch.autograd.Function):
-    """mean((Wx)²) of each row of x (N, d), W (m, d), as xᵀ(WᵀW)x / m -> (N, 1), in float32 or wider
+    """mean((Wx)²) of each row of x (N, d), W (m, d), as xᵀ(WᵀW/m)x -> (N, 1), in float32 or wider
     because its terms may cancel."""
 
     @staticmethod
     def forward(ctx, x, W):
-        gram = wide_product(W.mT, W)
+        gram = wide_product(W.mT, W) / len(W)  # a mean, which float16 can hold
         y = wide_product(x, gram.to(x.dtype))
         if x.dtype.itemsize == 2:  # what that cast has lost
             y += wide_product(x, (gram - gram.to(x.dtype)).to(x.dtype))
         ctx.save_for_backward(x, W, y)
         # rounding can make a sum of terms that cancel negative
-        return (x * y).sum(-1, keepdim=True).clamp(min=0) / len(W)
+        return (x * y).sum(-1, keepdim=True).clamp(min=0)
 
     @staticmethod
-    @once_differentiable  # y is kept as a number
     def backward(ctx, grad):
         x, W, y = ctx.saved_tensors
-        grad = grad * (2 / len(W))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # second derivatives need y as a function, where it is kept as a number
+            y = x.to(y.dtype) @ (W.mT @ W).to(y.dtype) / len(W)
+        grad = 2 * grad
         outer = x.mT @ (grad * x).to(x.dtype)
-        return (grad * y).to(x.dtype), W @ outer
+        return (grad * y).to(x.dtype), W @ outer / len(W)
 
 
 def wide_product(a, b):

@@ -163,15 +163,16 @@ class Attention(nn.Module):
         k = apply_rope(self.k_norm(k), cos, sin).transpose(1, 2)
         v = v.transpose(1, 2)
 
-        # sampling: the keys and values of the positions before
+        # Sampling: the keys and values of the positions before. A single new position sees all of
+        # them; without any, attention is causal
+        causal = not cache
         if cache:
             k = torch.cat((cache[0], k), dim=2)
             v = torch.cat((cache[1], v), dim=2)
         if cache is not None:
             cache[:] = k, v
 
-        # causal attention; a single new position sees all
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.size(2),
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal,
                                            enable_gqa=k.size(1) != q.size(1))
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 

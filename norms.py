@@ -215,9 +215,10 @@ class ScaledLinear(nn.Module):
         if channels != m.width and (head_dim is None or channels % m.width or m.width % head_dim):
             raise ValueError(f"a map of {channels} inputs cannot absorb γ_a of {m.width} channels: "
                              f"give the head_dim that divides both")
-        if m.scale_out and m.placement.output and m.placement.ends_in_u and not self.tied:
+        can = m.scale_out and m.placement.output and m.placement.ends_in_u and not self.tied
+        if can and self not in m.absorbed_by:
             self.absorbs.append((m, head_dim or m.width))
-            m.absorbed_by.append(self)
+            m.absorbed_by = [self]
             m.scale_out.absorbable = True
 
     def effective_weight(self):
@@ -319,10 +320,14 @@ def named_scale_vectors(model):
 
 
 def check_maps(model):
-    """Raise ValueError if a norm or a map relies on a map that the model no longer has."""
-    present = set(model.modules())
+    """Raise ValueError if a norm or a map relies on a map that the model no longer has, or if two
+    norms have one map: the first may have taken its γ_b."""
+    present, read = set(model.modules()), set()
     for name, m in model.named_modules():
         relies_on = m.maps if isinstance(m, PreNorm) else []
+        if not read.isdisjoint(relies_on):
+            raise ValueError(f"{name} has a map that another norm has: make one norm for both")
+        read.update(relies_on)
         if isinstance(m, ScaledLinear):
             relies_on = [other for other, _ in m.absorbs] + m.absorbed_by
         if not present.issuperset(relies_on):
@@ -342,12 +347,13 @@ def fold_scale_vectors(model):
             norm.scale = None
     maps = [m for m in model.modules() if isinstance(m, ScaledLinear) and not m.tied]
     for m, W in zip(maps, [m.effective_weight() for m in maps]):
-        m.weight = nn.Parameter(W.to(m.weight.dtype))  # one that two maps share becomes two
+        # a weight that two maps share becomes two
+        m.weight = nn.Parameter(W.to(m.weight.dtype), m.weight.requires_grad)
         m.scale_in, m.absorbs, m.placement = None, [], m.placement._replace(weight=input_weight)
         if m.placement.output is None or m.absorbed_by:
             m.scale_out = None
     for _, vector in named_scale_vectors(model):
-        vector.alpha = nn.Parameter(vector().clone())
+        vector.alpha = nn.Parameter(vector().clone(), vector.alpha.requires_grad)
         vector.reparam, vector.beta = "none", None
     return model
 

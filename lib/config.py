@@ -366,6 +366,8 @@ def check_scale_vectors(c):
     if c.scale_heterogeneous or not c.scale_vectors:
         return
     for maps in ("q", "k", "v"), ("router", "gate", "up"):
+        if "router" in maps and c.d_shared_expert:
+            maps = (*maps, "shared_gate", "shared_up")
         maps = [name for name in maps if name != "router" or c.n_expert]
         with_one = [name for name in maps if has_input_vector(c, name)]
         if 1 < len(with_one) < len(maps):
@@ -377,6 +379,7 @@ def check_scale_vectors(c):
 
 def has_input_vector(c, name):
     """Does the map have a γ_b?"""
+    name = name.removeprefix("shared_")
     placement = DEFAULT_PLACEMENTS[name]
     if name in c.placed_maps:
         placement = c.scale_placement

@@ -162,7 +162,9 @@ IN_HG = vectors(READERS, "scale_in", BOTH) | FINAL
 ], ids=["shared", "HG", "AP", "DP", "DP on q, o", "DNP", "output norms", "tied", "none", "mixture",
         "AP mixture", "chosen maps", "HG mixture", "DNP mixture"])
 def test_scale_vectors_and_their_roles(keys, expected):
-    found = named_scale_vectors(tiny_gpt(**{**keys, "n_layer": 1}))
+    keys = {**TINY, **keys, "n_layer": 1}
+    TrainConfig(model=GPTConfig(**keys))  # no check of a run refuses it
+    found = named_scale_vectors(tiny_gpt(**keys))
     assert expected == {name.removeprefix("layers.0."): (vector.input_norm, vector.absorbable)
                         for name, vector in found}
 
@@ -348,6 +350,7 @@ def test_a_cache_is_used_where_blocks_are_recomputed():
     (dict(scale_placement_on="q,router"), "cannot name the router"),
     (dict(scale_vectors_on="k,v,gate,up"), "k and v would share the γ of the norm that q, k, v re"),
     (dict(scale_placement="after", scale_placement_on="up", n_expert=4), "router and gate would"),
+    (dict(scale_vectors_on="gate", n_expert=4, d_shared_expert=27), "gate and shared_gate would"),
     (dict(scale_placement="dual_norm", qk_norm=True),
      "set qk_norm=False, or take q,k out of scale_placement_on"),
     (dict(scale_placement="dual_norm", scale_placement_on="o", post_norm=True),

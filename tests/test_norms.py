@@ -132,7 +132,7 @@ def test_refusals():
             o.absorb(v, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("replaced", ["q", "v"])
+@pytest.mark.parametrize("replaced", ["q", "v", "o"])
 def test_a_map_that_is_replaced_leaves_no_vector_behind(replaced):
     """q reads a norm's γ with k; o applies v's γ_a."""
     model = torch.nn.ModuleDict({name: ScaledLinear((6, 6), "input") for name in "qk"})
@@ -141,10 +141,37 @@ def test_a_map_that_is_replaced_leaves_no_vector_behind(replaced):
     model["o"].absorb(model["v"])
     weight_decay_groups(model, 0.1, "all")
     model[replaced] = ScaledLinear((6, 6), "input")
-    user = "norm" if replaced == "q" else "o"
+    user = {"q": "norm", "v": "o", "o": "v"}[replaced]
     for use in (fold_scale_vectors, lambda model: weight_decay_groups(model, 0.1, "all")):
         with pytest.raises(ValueError, match=f"^{user} relies on a map that was replaced"):
             use(model)
+
+
+def test_two_norms_cannot_have_one_map():
+    """The first has taken its γ_b, and the second would fold it in again."""
+    q, k = ScaledLinear((6, 6), "input"), ScaledLinear((6, 6), "input")
+    model = torch.nn.ModuleDict({"q": q, "k": k, "a": PreNorm([q, k])})
+    fold_scale_vectors(model)
+    model["b"] = PreNorm([k])
+    with pytest.raises(ValueError, match="^b has a map that another norm has"):
+        fold_scale_vectors(model)
+
+
+def test_who_can_absorb():
+    """Nobody twice, and the last one only; not a tied weight. A norm of a tied map keeps its γ."""
+    v = scaled_linear((6, 4), "dual_norm")
+    old, new, tied = (scaled_linear((3, 6), None, tied=name == "tied")
+                      for name in ("old", "new", "tied"))
+    for o in (old, new, new, tied):
+        o.absorb(v)
+    x = random(5, 4)
+    close(new(v(x)), reference.linear(v, x, 1e-6) @ new.weight.T)
+    model = torch.nn.ModuleDict({"v": v, "new": new})
+    frozen = fold_scale_vectors(model.requires_grad_(False))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    close(frozen["new"](frozen["v"](x)), new(v(x)))
+    plain, shared = scaled_linear((6, 4), "input"), scaled_linear((6, 4), "input", tied=True)
+    assert plain.init_std == 0.5 and not PreNorm([plain, shared]).scale.absorbable
 
 
 def test_folding_maps_that_share_a_weight():
@@ -211,6 +238,14 @@ def test_the_gram_way_is_the_same_function(placement, reparam):
     m.norm_width = 16
     assert torch.equal(apply_wide(m, x), m(x))
 
+    # second derivatives, and a map whose γ_a another one applies
+    slopes = [torch.autograd.grad((y * probe).sum(), x, create_graph=True)[0]
+              for y in (by_gram(m, x), m(x))]
+    for a, b in zip(*(torch.autograd.grad((g * x).sum(), wanted) for g in slopes)):
+        close(a, b, 1e-10)
+    scaled_linear((3, 160), None).absorb(m)
+    close(by_gram(m, x), m(x))
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [0, 1, 10, 100])  # of x along a direction that W annihilates
@@ -236,11 +271,14 @@ def test_the_gram_way_rounds_like_a_llamas_head(size):
 
 
 def test_the_gram_matrix_is_wide_and_its_form_never_negative():
-    """Under autocast products would be bfloat16. An x that W annihilates has the length 0."""
+    """Under autocast products would be bfloat16. An x that W annihilates has the length 0. float16
+    would overflow without the mean."""
     x, W = random(300, 8).float(), random(160, 8, seed=3).float()
     expected = (x @ W.T).square().mean(-1, keepdim=True)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(MeanSquare.apply(x, W), expected, rtol=1e-5, atol=0)
+    large = MeanSquare.apply((x / 100).half(), (100 * W).half())
+    torch.testing.assert_close(large, expected, rtol=0.01, atol=0)
     nothing = torch.nn.functional.normalize(random(8, seed=4), dim=0).float()
     W -= torch.outer(W @ nothing, nothing)
     x = 1000 * random(300).float()[:, None] * nothing
