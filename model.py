@@ -261,23 +261,23 @@ class MoE(nn.Module):
     def forward(self, x):
         """x (..., C), the residual stream -> (..., C), and one tensor (2 + E,): load-balancing
         loss, z-loss, load of each expert."""
-        # The router reads float32, because rounding must not reorder experts. The norm comes before
-        # x is flattened: Inductor then fuses its backward pass with that of the sum before it
-        shape, dtype = x.size(), x.dtype
-        x = self.norm(x.to(self.router.weight.dtype)).flatten(0, -2)  # (N, C)
+        # The router reads float32, because rounding must not reorder experts. Norm and cast come
+        # before x is flattened: Inductor then fuses their backward with that of the sum before them
+        shape = x.size()
+        wide = self.norm(x.to(self.router.weight.dtype))
+        x = wide.to(x.dtype).flatten(0, -2)  # (N, C)
 
         # each token's K experts, and their weights
-        logits = self.router(x)
+        logits = self.router(wide.flatten(0, -2))
         probabilities = logits.softmax(-1)
         weight, expert = probabilities.topk(self.n_active, dim=-1)  # (N, K)
         weight = weight / weight.sum(-1, keepdim=True)
 
         # Each token's copies go to its experts, sorted so that all experts are one product for each
         # projection, and come back. They are added up in float32
-        x = x.to(dtype)
         routing = Routing(expert, self.n_expert)
         y = swiglu(self.gate, self.up, self.down, routing.sort(x), routing)
-        y = (routing.unsort(y) * weight.unsqueeze(-1)).sum(1).to(dtype)  # (N, K, C) -> (N, C)
+        y = (routing.unsort(y) * weight.unsqueeze(-1)).sum(1).to(x.dtype)  # (N, K, C) -> (N, C)
 
         # the expert that every token meets
         if self.shared_down:
