@@ -10,7 +10,7 @@ import reference
 import torch
 from conftest import OUR_PLACEMENTS
 
-from fast import MeanSquare, Routing, apply_wide, by_gram, gammas_in_batches
+from fast import MeanSquare, Routing, apply_wide, by_gram, gammas_in_batches, wide_product
 from norms import (
     PLACEMENTS, REPARAMS, OutputNorm, PreNorm, ScaledLinear, ScaleVector, fold_scale_vectors,
     rms_norm, scale, weight_decay_groups)
@@ -283,6 +283,17 @@ def test_the_gram_matrix_is_wide_and_its_form_never_negative():
     x = 1000 * random(300).float()[:, None] * nothing
     assert ((x @ W.T @ W) * x).sum(-1).min() < 0  # rounding alone
     assert MeanSquare.apply(x, W).min() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_wide_product_on_cuda_is_float32(dtype):
+    """Also of a transposed matrix, and of an odd width: W̃ᵀW̃ under autocast."""
+    W, x = random(161, 32).to(dtype), random(161, 24, seed=1).to(dtype)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = wide_product(W.cuda().mT, x.cuda())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), W.mT.float() @ x.float(), rtol=1e-5, atol=1e-4)
 
 
 def test_weight_decay_groups_of_any_model():
