@@ -66,8 +66,7 @@ def memory_estimate(model, tokens):
     layer = 2 * 10 * c.n_embd
     if c.n_expert:
         K, width = c.n_expert_active, padded(c.d_expert)
-        layer += 6 * (K * width + padded(c.d_shared_expert)) + 4 * c.n_embd
-        layer += (4 if c.scale_heterogeneous else 6) * K * c.n_embd
+        layer += 6 * (K * width + padded(c.d_shared_expert)) + 4 * c.n_embd + 4 * K * c.n_embd
         if "gate" in c.placed_maps and PLACEMENTS[c.scale_placement].output is not None:
             layer += 4 * K * width  # γ_a[expert] of gate
     else:
