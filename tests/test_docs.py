@@ -81,6 +81,7 @@ def copy_of_the_code(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_patches(tmp_path):
     """The page's two patches in one copy of the code: its tests, and test_every_entry's of their
     keys, pass there."""
@@ -104,6 +105,7 @@ def test_patches(tmp_path):
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 40, done.stdout
 
 
+@pytest.mark.slow
 def test_a_change_that_is_always_on_gets_one_sentence(tmp_path):
     copy = copy_of_the_code(tmp_path)
     model = (copy / "model.py").read_text("utf-8")
@@ -180,6 +182,7 @@ def check_stock_llama(namespace, idx, folder):
     torch.testing.assert_close(stock(idx).logits, yours(idx).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fsdp2_and_muon():
     script = ROOT / "tests" / "two_shards.py"
     printed = run(script, processes=2, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}).stdout
