@@ -99,10 +99,10 @@ def holm(p_values):
 def bootstrap(losses, others, tokens, draws=4000):
     """(low, high): the middle 95% of the mean difference over draws of seeds and of documents, both
     with replacement. losses, others {seed: [nats a token of each document]}; tokens [of each
-    document]. With few seeds it is too narrow: it stands beside the t-interval, not in its place.
-    """
+    document]. It stands beside the t-interval, not in its place: with few seeds it is too narrow,
+    and below five there is none."""
     seeds, weights = sorted(losses.keys() & others.keys()), np.array(tokens, dtype=float)
-    if len(seeds) < 2:
+    if len(seeds) < 5:
         return None
     sums = np.array([np.subtract(losses[s], others[s]) for s in seeds]) * weights
     rng = np.random.default_rng(0)

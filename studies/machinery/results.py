@@ -80,13 +80,15 @@ def cells_before(before, study, find):
 
 def losses_of(study, runs):
     """{cell: terminal validation loss, infinite if it diverged} of the runs that have ended. A
-    study with `every_window` counts the loss on all windows, where that is known."""
+    study with `every_window` counts the loss on all windows; a run without it is left out."""
     losses = {}
     for cell, run in runs.items():
         if run.has_ended:
             loss = run.summary()["val_loss"] if run.state == "done" else None
             if loss is not None and study.every_window and study.counts(cell.seed):
-                loss = windows_of(run).get("loss", loss)
+                if not windows_of(run):
+                    continue
+                loss = windows_of(run)["loss"]
             losses[cell] = math.inf if loss is None else loss
     return losses
 
@@ -152,7 +154,7 @@ def by_documents(study, records, found):
                 sides = [{s: w["losses"] for s, w in by_seed(
                     windows, model, row, at["rows"][row]["own"]["learning_rate"]).items()
                     if study.counts(s)} for row in (c["row"], c["other"])]
-                if all(len(side) > 1 for side in sides):
+                if all(sides):
                     tokens = next(iter(windows.values()))["tokens"]
                     c["own"]["documents"] = bootstrap(*sides, tokens)
 

@@ -202,7 +202,7 @@ def comparison_lines(results):
             where = model if model in c["paper"] else next(iter(c["paper"]))
             says = verdict(c["paper"][where], c.get("tuned"), results["paper_losses"].get(where))
         rows.append([model, c["row"], c["other"], interval(c.get("tuned")),
-                     relative(c.get("tuned")), interval(c.get("own")), paper, says])
+                     relative(c.get("tuned") or c.get("own")), interval(c.get("own")), paper, says])
     if not rows:
         return []
     lines = ["", *markdown(["model", "row", "against", f"{OURS} [95%], tuned rate", "relative",

@@ -45,8 +45,12 @@ def every_window(folder):
 
 
 def main(folders):
-    """Write windows.json into the folder of each finished run that has none."""
+    """Write windows.json into the folder of each finished run that has none. A checkpoint that this
+    code cannot read, such as one from before a change of the model, is passed over."""
     for folder in folders:
         path = Path(folder) / "windows.json"
         if (Path(folder) / "summary.json").is_file() and not path.is_file():
-            write_whole(path, json.dumps(every_window(folder)) + "\n")
+            try:
+                write_whole(path, json.dumps(every_window(folder)) + "\n")
+            except (KeyError, ValueError, FileNotFoundError) as error:
+                print(f"passed over: {folder}, not evaluated on all windows: {error}")

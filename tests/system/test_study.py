@@ -28,7 +28,7 @@ from sample import load_model
 from studies.machinery import evidence, tables, windows
 from studies.machinery.evidence import best_rate, judge, paired, pooled, summarize, verdict
 from studies.machinery.plan import Cell, Study, config_of, load_study, read_idea
-from studies.machinery.results import as_text, collect, curves, load_records
+from studies.machinery.results import as_text, by_documents, collect, curves, load_records
 from studies.machinery.run import main, write_docs
 from studies.machinery.runs import Run, RunFolders, code, digest, gpu_for, outcome, settings_of
 from studies.machinery.runs import stamp_run
@@ -99,9 +99,9 @@ def test_the_bootstrap_takes_seeds_and_documents():
     deviation = statistics.pstdev(values) / math.sqrt(10)
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.06)
     assert (low + high) / 2 == pytest.approx(statistics.mean(values), abs=deviation / 4)
-    apart = {s: [1.0, 3.0] for s in range(4)}, {s: [1.0, 1.0] for s in range(4)}
+    apart = {s: [1.0, 3.0] for s in range(5)}, {s: [1.0, 1.0] for s in range(5)}
     assert evidence.bootstrap(*apart, [1, 1]) == [0.0, 2.0]
-    assert evidence.bootstrap({1: [1.0]}, {1: [1.0]}, [1]) is None
+    assert evidence.bootstrap({**apart[0], 4: [1.0]}, dict.fromkeys(range(4), [1.0]), [1]) is None
 
 
 def test_pooled_is_welchs_interval():
@@ -406,20 +406,20 @@ def test_every_window_and_each_document(dataset, tmp_path):
 def test_all_windows_count_on_seeds_that_count(tmp_path):
     """The tuning seed has its val_loss, which alone decides the rate. The primary comparison has an
     interval over seeds and documents, the others have none."""
-    study = tiny_study(seeds=(1, 2, 3), tuning_seeds=(7,), every_window=True, primary=[("b", "a")],
-                       comparisons={("b", "a"): {}, ("a", "b"): {}})
+    study = tiny_study(seeds=(1, 2, 3, 4, 5), tuning_seeds=(7,), every_window=True,
+                       primary=[("b", "a")], comparisons={("b", "a"): {}, ("a", "b"): {}})
     runs = {}
-    for row, rate, seed in itertools.product("ab", (1e-3, 2e-3), (1, 2, 3, 7)):
+    for row, rate, seed in itertools.product("ab", (1e-3, 2e-3), (1, 2, 3, 4, 5, 7)):
         of_windows = {"loss": 1.0 + (row == "b") * seed, "tokens": [3, 1],
                       "losses": [1.0, 1.0 + (row == "b") * 4 * seed]}
         record = {"state": "done", "val_loss": 5.0 - (rate == 2e-3), "data": "", "curve": [],
                   "windows": of_windows}
         runs[Cell("m", row, rate, seed)] = Run([], {}, tmp_path, record)
     found = collect(study, "cpu", runs, list(runs), "", {})["results"]["m"]
-    assert found["tuned_rate"] == 2e-3 and found["rows"]["b"]["own"]["loss"] == 3.0
+    assert found["tuned_rate"] == 2e-3 and found["rows"]["b"]["own"]["loss"] == 4.0
     primary, other = found["comparisons"]
-    assert primary["own"]["difference"] == 2.0 and other["own"]["difference"] == -2.0
-    sides = ({s: [1.0, 1.0 + 4 * s] for s in (1, 2, 3)}, {s: [1.0, 1.0] for s in (1, 2, 3)})
+    assert primary["own"]["difference"] == 3.0 and other["own"]["difference"] == -3.0
+    sides = ({s: [1.0, 1.0 + 4 * s] for s in range(1, 6)}, {s: [1.0, 1.0] for s in range(1, 6)})
     assert primary["own"]["documents"] == evidence.bootstrap(*sides, [3, 1])
     assert "documents" not in other["own"]
 
@@ -607,9 +607,16 @@ def test_committed_summaries_follow_from_their_runs(path):
     study = load_study(ROOT / "studies" / f"{results['study']}.py", results["scale"])
     runs = {Cell(r["model"], r["row"], r["learning_rate"], r["seed"], r.get("tuning", False)): r
             for r in results["runs"]}
-    losses = {cell: r.get("val_loss", math.inf) for cell, r in runs.items()}
+    losses = {}
+    for cell, record in runs.items():
+        if not study.every_window or not study.counts(cell.seed):
+            losses[cell] = record.get("val_loss", math.inf)
+        elif "windows" in record:
+            losses[cell] = record["windows"]["loss"]
     flops = {name: model["flops"] for name, model in results["models"].items()}
-    assert rounded(summarize(study, losses)) == rounded(results["results"])
+    found = summarize(study, losses)
+    by_documents(study, results["runs"], found)
+    assert rounded(found) == rounded(results["results"])
     assert rounded(evidence.fit_scaling(study, losses, flops)) == rounded(results["fits"])
     for fit in results["fits"]:
         points = [(math.log10(flops[model]), c["tuned"]["difference"])
