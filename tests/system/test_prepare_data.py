@@ -9,7 +9,6 @@ import http.server
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -27,7 +26,7 @@ import prepare_data
 from lib.data import Dataset
 from lib.documents import FileInput, HubInput
 from lib.tokenizer import get_encoding
-from prepare_data import Preparation, find_files, is_validation, main, prepare
+from prepare_data import find_files, is_validation, main, prepare
 
 BYTES = get_encoding("bytes")
 
@@ -93,18 +92,6 @@ def test_every_kind_of_file_comes_back_as_its_text(tmp_path):
         assert meta[split]["documents"] == len(found)
     assert all(is_validation(text, 0.3) for text in val)
     assert not any(is_validation(text, 0.3) for text in train)
-
-
-def test_a_large_vocabulary_makes_shards_of_four_bytes(tmp_path, monkeypatch):
-    wide = tiktoken.Encoding("wide", pat_str="(?s:.)", special_tokens={"<|endoftext|>": 70_000},
-                             mergeable_ranks={bytes([i]): i for i in range(256)})
-    monkeypatch.setattr("prepare_data.get_encoding", lambda name: wide)
-    files = [tmp_path / f"{number}.txt" for number in range(9)]
-    for file in files:
-        file.write_text(file.name, encoding="utf-8")
-    make(files, tmp_path / "out", val_fraction=0.5)
-    tokens = np.fromfile(tmp_path / "out" / "train_000000.bin", "<u4", offset=1024).tolist()
-    assert bytes(tokens[:5]) in {file.name.encode() for file in files} and tokens[5] == 70_000
 
 
 def test_the_bytes_stay_those_of_earlier_versions(tmp_path):
@@ -231,25 +218,6 @@ def test_bad_records_are_refused_or_counted_and_reading_resumes_at_any_document(
     assert not list(FileInput(find_files([tmp_path])).documents())
 
 
-def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch, capsys):
-    """It is read to its new end. What is shown of it is never more than all."""
-    path, tokenize = tmp_path / "a.txt", Preparation.tokenize
-    path.write_text("".join(f"line {i}\n" for i in range(999)), encoding="utf-8")
-
-    def grow(work, chunk):
-        if path.stat().st_size < 40_000:
-            path.write_text(path.read_text("utf-8") * 2, encoding="utf-8")
-        work.show_progress(rate=1.0)
-        return tokenize(work, chunk)
-
-    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 100)
-    monkeypatch.setattr(Preparation, "tokenize", grow)
-    make([path], tmp_path / "out", workers=1, max_document=500)
-    shown = [int(share) for share in re.findall(r"(\d+)% read", capsys.readouterr().out)]
-    assert max(shown) == 100
-    assert "".join(documents_of(tmp_path / "out", "train", "val")).count("line 7\n") > 1
-
-
 # ---- nothing is replaced -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("out, message", [
@@ -373,14 +341,13 @@ def test_an_unfinished_preparation_keeps_its_options_and_input(unfinished, capsy
     first, before = source[0] / "0.jsonl.gz", everything(out.parent)
     seconds = int(first.stat().st_mtime)
 
-    def refused_with(message, source, **change):
-        with pytest.raises(ValueError, match=f"cannot be resumed: it was begun with {message}"):
-            make(source, out, shard_tokens=50_000, **change)
-
-    refused_with("--val-fraction 0.2, not --val-fraction 0.3", source, val_fraction=0.3)
-    refused_with(".*0.jsonl.gz .*, not .*last.jsonl", source[1:])
     os.utime(first, (seconds, seconds - 10))
-    refused_with(".*0.jsonl.gz .*, not .*0.jsonl.gz", source)
+    for message, given, fraction in (
+            ("--val-fraction 0.2, not --val-fraction 0.3", source, 0.3),
+            (".*0.jsonl.gz .*, not .*last.jsonl", source[1:], 0.2),
+            (".*0.jsonl.gz .*, not .*0.jsonl.gz", source, 0.2)):
+        with pytest.raises(ValueError, match=f"cannot be resumed: it was begun with {message}"):
+            make(given, out, shard_tokens=50_000, val_fraction=fraction)
     assert everything(out.parent) == before
 
     os.utime(first, (seconds, seconds))
