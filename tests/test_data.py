@@ -42,17 +42,6 @@ def test_windows_overlap_by_one_and_stay_within_a_shard(tmp_path):
     assert y.tolist() == [list(range(start, start + 8)) for start in (101, 1, 17)]
 
 
-def test_windows_of_tokens_of_four_bytes(tmp_path):
-    """A vocabulary beyond 65,536 makes uint32 shards."""
-    tokens = np.arange(7, 7 + 3000 * 50, 3000).astype("<u4")
-    header = np.array([20260526, 1, len(tokens), 4, *[0] * 252], "<i4")
-    path = tmp_path / "train_0.bin"
-    path.write_bytes(header.tobytes() + tokens.tobytes())
-    x, y = Split([path], block_size=8)[[5, 2]]
-    assert x.tolist() == [tokens[40:48].tolist(), tokens[16:24].tolist()]
-    assert y.tolist() == [tokens[41:49].tolist(), tokens[17:25].tolist()]
-
-
 def test_a_whole_shard_is_read_in_blocks(tmp_path, monkeypatch):
     """Of 7 tokens here: all of them once, and the checksum is of all."""
     monkeypatch.setattr(data, "READ_TOKENS", 7)
@@ -97,16 +86,6 @@ def test_an_epoch_has_every_window_once_and_the_next_another_order(n):
 ])
 def test_the_order_stays_that_of_the_committed_results(first, n, seed, expected):
     assert window_numbers(first, len(expected), n, seed).tolist() == expected
-
-
-def test_folders_of_other_programs(tmp_path):
-    tokens = np.arange(500) % 90
-    for name in ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"):
-        llmc_shard(tmp_path / name, tokens)
-    dataset = Dataset(tmp_path, 16, 50304)
-    assert (len(dataset.train), len(dataset.val)) == (62, 31)
-    with pytest.raises(ValueError, match="token id 89 is beyond vocab_size=80"):
-        Dataset(tmp_path, 16, 80)
 
 
 def test_a_whole_word_decides_the_split(tmp_path):

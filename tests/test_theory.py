@@ -93,12 +93,6 @@ def test_or_at_a_point(seed, m, d):
     close(change(lambda W, beta, alpha: alpha.square().sum()), 0.0)
 
 
-def test_the_largest_speed_of_or_and_er_at_one_is_d():
-    for P in (theory.original_preconditioner(torch.ones(1), torch.ones(5)),
-              theory.exponential_preconditioner(torch.zeros(1), torch.zeros(5))):
-        close(torch.linalg.eigvalsh(P)[-1], 5.0)
-
-
 @pytest.mark.parametrize("row", ["standard", "HG", "AP", "DP", "OR", "ER"])
 def test_table_1_as_preconditioners(row):
     """P = J Jᵀ by autograd: it is what moves W̃, it is symmetric and positive semi-definite, and it
@@ -135,24 +129,6 @@ def test_table_1_as_preconditioners(row):
         close(theory.descent_rate_shared(list(W), v[0], list(G)), rate)
     if row == "HG":
         close(theory.descent_rate_heterogeneous(W, v, G), rate)
-
-
-def test_table_2_a_form_sees_the_state_and_adam_the_history():
-    """Two histories that end at one state: DP's P is the same there, Adam's second moments are
-    not."""
-    found = []
-    for history in ((2.0, 1.0, 0.0), (-4.0, -2.0, 0.0)):
-        params = [p.requires_grad_() for p in draw((2, 3, 4), (2, 4), (2, 3))]
-        adam = torch.optim.Adam(params, lr=0.0)
-        for distance in history:
-            adam.zero_grad()
-            TABLE_1["DP"](*(p + distance for p in params)).tanh().sum().backward()
-            adam.step()
-        moments = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in params])
-        found.append((theory.induced_preconditioner(TABLE_1["DP"], params), moments))
-    (first, moments), (second, others) = found
-    close(first, second)
-    assert (moments - others).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("keys", [
@@ -464,16 +440,12 @@ def test_pre_norm_difference():
 
 @pytest.mark.parametrize("names", [
     ["reparam"], pytest.param([*theory_figures.FIGURES], marks=pytest.mark.slow)], ids=len)
-def test_figures_are_drawn_the_same_each_time(names, tmp_path, monkeypatch):
-    """The figures of docs/theory.md: there is one for each drawer."""
+def test_the_figures_of_the_page_are_drawn(names, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     assert set(re.findall(r"images/theory_(\w+).png", page)) == set(theory_figures.FIGURES)
     pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
     torch.set_default_dtype(torch.float32)  # as where the command is run
     drawers = {name: theory_figures.FIGURES[name] for name in names}
     monkeypatch.setattr(theory_figures, "FIGURES", drawers)
-    drawn = []
-    for folder in (tmp_path / "first", tmp_path / "second"):
-        theory_figures.main([str(folder)])
-        drawn.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert drawn[0] == drawn[1] and set(drawn[0]) == {f"theory_{name}.png" for name in names}
+    theory_figures.main([str(tmp_path)])
+    assert {path.stem for path in tmp_path.iterdir()} == {f"theory_{name}" for name in names}

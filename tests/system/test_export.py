@@ -6,7 +6,6 @@ generates our tokens, loses nothing when it is saved, and lm-eval measures what 
 import contextlib
 import json
 import math
-import os
 
 import pytest
 import tiktoken
@@ -216,10 +215,9 @@ def test_tokenizer(tokenizers, text, end):
 
 # ---- the card, other locales, refusals -----------------------------------------------------------
 
-def test_model_card(tmp_path, monkeypatch):
+def test_model_card(tmp_path):
     """Strategy, data, steps, and how to load it. Of data without a known tokenizer the folder has
-    none. tiktoken's cache is left alone."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    none."""
     write_run(tmp_path / "run", UNIFIED)
     write_run(tmp_path / "ids", {}, tokenizer="ids")
     cards = []
@@ -233,8 +231,6 @@ def test_model_card(tmp_path, monkeypatch):
     assert "stock `LlamaForCausalLM`" in cards[1] and "trust_remote_code" not in cards[1]
     assert not list((tmp_path / "ids_hf").glob("tokenizer*"))
     assert load(tmp_path / "ids_hf").config.eos_token_id is None
-    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
 
 
 def test_files_are_utf8_in_every_locale(tmp_path):

@@ -143,12 +143,6 @@ def test_compiling_without_a_compiler(dataset, tmp_path):
     assert "--compile=False" in done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
-def test_no_gpu(dataset, tmp_path):
-    line = refused(*start(tmp_path / "out", dataset, "--device=cuda"))
-    assert "device='cuda' is not available" in line and not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("left", [
     {"RANK": "2"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "7"},
     dict.fromkeys(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"), "")])
