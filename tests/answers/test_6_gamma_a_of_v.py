@@ -1,8 +1,8 @@
 """
 6. IWD does not decay γ_a, so the loss itself lowers it: what the layer adds becomes 0.13 times as
 loud, since attention's output is a product with γ_a of v. Columns of o times 0.13 say the same with
-γ_a = 1. For q there is no such change: γ_a of q scales the scores before a softmax, and the Norm
-undoes any factor of W_q.
+γ_a = 1. For q no matrix can: its γ_a scales the scores before a softmax, and the Norm undoes any
+factor of W_q. Only γ_a of k can take over its length (exercise 5).
 """
 import torch
 from conftest import UNIFIED, randomize_scales, tiny_gpt
