@@ -38,8 +38,7 @@ def original_reparam(beta, alpha):
 
 
 def exponential_reparam(beta, alpha):
-    """ER, exponential space (eq. 9): γ = e^β e^(α - mean α). All entries are positive. Weight decay
-    pulls β and α to 0, and so γ to 1."""
+    """ER, exponential space (eq. 9): γ = e^β e^(α - mean α) > 0. Weight decay pulls γ to 1."""
     return (beta + alpha - alpha.mean(-1, keepdim=True)).exp()
 
 
@@ -320,8 +319,7 @@ def named_scale_vectors(model):
 
 
 def check_maps(model):
-    """Raise ValueError if a norm or a map relies on a map that the model no longer has, or if two
-    norms have one map: the first may have taken its γ_b."""
+    """Raise ValueError if a norm or a map relies on a map that is gone, or two norms have one."""
     present, read = set(model.modules()), set()
     for name, m in model.named_modules():
         relies_on = m.maps if isinstance(m, PreNorm) else []
@@ -373,8 +371,7 @@ SCALE_DECAY_POLICIES = {
 def weight_decay_groups(model, weight_decay, policy):
     """torch.optim groups of (name, parameter) pairs for any model that holds ScaleVectors. Matrices
     decay, other parameters of one dimension or none do not, and scale vectors do by the policy: a
-    name in SCALE_DECAY_POLICIES, or a function of a parameter's name and its ScaleVector. Raises
-    ValueError on flat pieces of matrices, as FSDP1 makes them, which nothing would decay."""
+    name in SCALE_DECAY_POLICIES, or a function of a parameter's name and its ScaleVector."""
     check_maps(model)
     decays = SCALE_DECAY_POLICIES[policy] if isinstance(policy, str) else policy
     vectors = {p: m for _, m in named_scale_vectors(model) for p in m.parameters()}
