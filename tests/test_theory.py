@@ -429,15 +429,6 @@ def test_sharing_wins_in_agreement_and_heterogeneity_in_conflict(conflict):
     assert all((b < a) == conflict for a, b in zip(shared[1:], own[1:]))
 
 
-def test_pre_norm_difference():
-    """ε/(2 s²) with ε² in DNP's norm, for every stream that is large beside √ε; s² is the mean
-    square of W Norm(x). With ε in both norms it is exact at RMS 1 up to ε²."""
-    difference, eps, s_squared = theory_figures.pre_norm_difference, 1e-6, 256 * 0.02 ** 2
-    for size in (0.02, 1.0, 50.0):
-        assert difference(size, eps, eps ** 2) == pytest.approx(eps / (2 * s_squared), rel=0.1)
-    assert difference(1.0, eps, eps) < 1e-11 and difference(0.02, eps, eps) > 0.01
-
-
 @pytest.mark.parametrize("names", [
     ["reparam"], pytest.param([*theory_figures.FIGURES], marks=pytest.mark.slow)], ids=len)
 def test_the_figures_of_the_page_are_drawn(names, tmp_path, monkeypatch):

@@ -54,7 +54,6 @@ def test_run_folder(undisturbed, dataset):
     assert json.loads((out / "config.json").read_text("utf-8")) == to_dict(config)
     steps, evals = read_log(out, "train"), read_log(out, "eval")
     assert [r["step"] for r in steps] == list(range(12))
-    assert [r["lr"] for r in steps] == [learning_rate(s, config) for s in range(12)]
     assert all(r["grad_norm"] > 0 and r["mfu"] is None for r in steps)
     assert steps[0]["tokens_per_s"] is None and all(r["tokens_per_s"] > 0 for r in steps[1:])
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5

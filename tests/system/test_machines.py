@@ -22,9 +22,7 @@ from test_train import at_step
 import sample
 import train as program
 from lib.checkpoint import newest_checkpoint, save_checkpoint
-from lib.config import FIELDS
 from lib.disk import sync_folder, write_whole
-from lib.output import say
 from lib.process import Process, hard_exit, report
 from train import EXIT_STOPPED
 
@@ -46,15 +44,6 @@ def test_ctrl_c_to_a_pipeline(dataset, tmp_path):
     tee.wait()
 
 
-def test_an_output_that_cannot_encode_a_line(capfd):
-    """An escape stands for what it lacks, and the lines after it are shown, too."""
-    screen = io.TextIOWrapper(open(os.dup(1), "wb"), encoding="ascii")
-    for text in ("out/γ \udcff", "more"):
-        say(text, screen)
-    screen.close()
-    assert capfd.readouterr().out == "out/\\u03b3 \\udcff\nmore\n"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("output", [">/dev/full 2>/dev/full", "| head -n 1", ">&- 2>&-"])
 def test_output_that_fails_ends_no_run(undisturbed, dataset, tmp_path, output):
@@ -64,11 +53,6 @@ def test_output_that_fails_ends_no_run(undisturbed, dataset, tmp_path, output):
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert losses(tmp_path) == losses(undisturbed[0]) and (tmp_path / "summary.json").exists()
-
-
-def test_help_lists_every_key():
-    printed = trained("--help")
-    assert all(f"    {key}: " in printed for key in FIELDS)
 
 
 # ---- an error that leaves the weights intact -----------------------------------------------------

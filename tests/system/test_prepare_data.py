@@ -413,11 +413,6 @@ def test_hugging_face_datasets(tmp_path, capsys, monkeypatch):
     assert "resuming " in said and f"skipped 3 files or records: --hf {folder}" in said
     assert sorted(documents_of(tmp_path / "out", "train", "val")) == sorted(texts)
 
-    bytes_folder = tmp_path / "bytes"
-    datasets.Dataset.from_dict({"text": [b"x"]}).to_parquet(bytes_folder / "train.parquet")
-    line = refused(*options[:-1], tmp_path / "x", "--hf", bytes_folder)
-    assert "record 1: the field 'text' has the type bytes, and is no text" in line
-
     shutil.rmtree(tmp_path / "out")
     refused(*options, "--hf", folder)
     (folder / "README.md").touch()
