@@ -188,13 +188,14 @@ def test_two_phases():
     """First the rates, of a large model on shorter runs, then the seeds."""
     paper = tiny_study(protocol="paper")
     assert {cell.row for cell in paper.tuning_cells(paper.rows)} == {"a"}
-    study = tiny_study(tuning_seeds=(7, 8), tuned=("a",))  # seeds that only tune, of some rows
-    losses = {cell: cell.learning_rate for cell in study.tuning_cells(study.rows)}
-    assert {(cell.row, cell.seed) for cell in losses} == {("a", 7), ("a", 8)}
-    losses[Cell("m", "a", 1e-3, 1)] = 5.0
-    found = summarize(study, losses)["m"]["rows"]["a"]
-    one_seed = {"learning_rate": 1e-3, "loss": 5.0, "seeds": 1, "diverged": 0}
-    assert found == {"tuned": one_seed, "own": one_seed}
+    study = tiny_study(tuning_seeds=(7, 8))  # seeds that only tune: they alone decide the rates
+    losses = {cell: cell.learning_rate * (1 if cell.row == "a" else -1)
+              for cell in study.tuning_cells(study.rows)}
+    assert {(cell.row, cell.seed) for cell in losses} == {*itertools.product("ab", (7, 8))}
+    losses |= {Cell("m", "b", 1e-3, 1): 4.0, Cell("m", "b", 2e-3, 1): 5.0}
+    assert summarize(study, losses)["m"]["rows"]["b"] == {
+        protocol: {"learning_rate": rate, "loss": loss, "seeds": 1, "diverged": 0}
+        for protocol, rate, loss in (("tuned", 1e-3, 4.0), ("own", 2e-3, 5.0))}
 
     wider = {**MODEL, "more_rates": {"b": (4e-3,)}}  # a rate that only one row tries
     wider = tiny_study(models={"m": wider}, rows={"a": {}, "b": {}, "c": {}}, tuned=("b",),
