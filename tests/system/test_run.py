@@ -3,6 +3,7 @@ Proves that what a run leaves on disk is whole, is its own and is never replaced
 and summary; and that a resume restores exactly what the new request does not change.
 """
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import train as program
 from lib.checkpoint import (
     checkpoints, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint)
 from lib.config import load_config
-from lib.log import lines_before
+from lib.log import lines_before, to_json
 from model import GPT, GPTConfig
 from optim import load_optimizer_state, make_optimizer, param_groups
 
@@ -105,6 +106,11 @@ def test_the_log_before_a_step(tmp_path):
                    for e, s in (("train", 1), ("eval", 1), ("train", 4)))
     path.write_text(kept + '{"event": "train", "step": 5}\nnonsense\n[]\n{"st', "utf-8")
     assert lines_before(path, 5) == kept
+
+
+def test_json_has_no_nan():
+    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": math.inf}], "d": "NaN", "e": True}
+    assert to_json(value) == '{"a": null, "b": [1.5, null, {"c": null}], "d": "NaN", "e": true}'
 
 
 # ---- nothing is ever replaced --------------------------------------------------------------------
