@@ -42,6 +42,17 @@ def test_windows_overlap_by_one_and_stay_within_a_shard(tmp_path):
     assert y.tolist() == [list(range(start, start + 8)) for start in (101, 1, 17)]
 
 
+def test_windows_of_tokens_of_four_bytes(tmp_path):
+    """A vocabulary beyond 65,536 makes uint32 shards."""
+    tokens = np.arange(7, 7 + 3000 * 50, 3000).astype("<u4")
+    header = np.array([20260526, 1, len(tokens), 4, *[0] * 252], "<i4")
+    path = tmp_path / "train_0.bin"
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+    x, y = Split([path], block_size=8)[[5, 2]]
+    assert x.tolist() == [tokens[40:48].tolist(), tokens[16:24].tolist()]
+    assert y.tolist() == [tokens[41:49].tolist(), tokens[17:25].tolist()]
+
+
 def test_a_whole_shard_is_read_in_blocks(tmp_path, monkeypatch):
     """Of 7 tokens here: all of them once, and the checksum is of all."""
     monkeypatch.setattr(data, "READ_TOKENS", 7)
@@ -112,6 +123,8 @@ def test_when_shards_are_taken_for_gpt2s(tmp_path, highest, tokenizer):
     assert Dataset(tmp_path, 16, 60000).tokenizer == tokenizer
     if highest < 50256:
         assert Dataset(tmp_path, 16, 50256).tokenizer == "ids"
+    with pytest.raises(ValueError, match=f"token id {highest} is beyond vocab_size={highest}"):
+        Dataset(tmp_path, 16, highest)
     (tmp_path / "meta.pkl").touch()
     opened = Dataset(tmp_path, 16)
     assert opened.tokenizer == "ids" and opened.val_bytes_per_token is None

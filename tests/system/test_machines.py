@@ -158,7 +158,7 @@ def test_the_lock_of_a_process_that_has_ended_here_is_taken_over(tmp_path, flock
 
 @pytest.mark.parametrize("content, message", [
     (f"1\n{socket.gethostname()}\n", f"busy; if process 1 on {socket.gethostname()} has ended"),
-    ("7\nanother-machine\n", "busy; if process 7 on another-machine has ended, remove "),
+    ("999999999\nelsewhere\n", "busy; if process 999999999 on elsewhere has ended, remove "),
     ("my own notes", "lock is not a lock file of this program: move it away"),
 ])
 def test_another_lock_is_left_alone(tmp_path, flock, content, message):

@@ -664,10 +664,12 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
         "seconds": 1, "val_loss": loss, "state": "done", "code": "", "data": ""})
         for cell, loss in losses.items()}
     path = tmp_path / "studies" / "results" / "s_cpu.json"
-    files = {path: as_text(collect(study, "cpu", runs, list(runs), "", {})),
+    own = as_text(collect(study, "cpu", runs, list(runs), "", {}))
+    files = {path: own, path.with_name("a.json"): own.replace('"data":""', '"data":"theirs"'),
              path.with_name("bench.json"): '{"races": {}}',  # of another tool
              tmp_path / "README.md": "a <!-- results --><!-- end --> b",
-             tmp_path / "docs" / "a.md": "<!-- study s_cpu -->x<!-- end -->."}
+             tmp_path / "docs" / "a.md": (
+                 "<!-- study s_cpu -->x<!-- end --> <!-- study none_cpu --><!-- end -->.")}
     for file, content in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content, encoding="utf-8")
@@ -677,9 +679,9 @@ def test_docs_are_filled_and_damage_is_one_line(tmp_path):
     assert "| b, +10.0% parameters | 3.1500 at 0.002 \\* | 2 | 1.6500 at 0.001 \\* | 2 |" in page
     assert ("| m | b | a | +2.0000 [+2.0000, +2.0000] | +173.9% | +0.5000 [+0.5000, +0.5000] | "
             "+0.1000 (0.12B) | agrees, excludes the paper's size |") in page
-    assert tables.EDGE in page and "still to be made" not in page
+    assert tables.EDGE in page and "still to be made" not in page and "Not run yet." in page
     [same] = load_records(path).values()
-    assert len(same) == 8
+    assert [run["data"] for run in same] == 8 * [""] + 8 * ["theirs"]  # its own come first
 
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="s_cpu.json does not hold a study's results"):
