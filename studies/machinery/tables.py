@@ -57,6 +57,11 @@ def interval(found):
     return signed(found["difference"]) + ends
 
 
+def part(value, of):
+    """−2.2%: a difference as a part of a loss"""
+    return f"{value / of:+.1%}".replace("-", "−")
+
+
 def multiplier(fit):
     ends = f" [{fit['low']:.2f}, {fit['high']:.2f}]" if fit["low"] is not None else ""
     return f"{fit['multiplier']:.2f}{ends}"
@@ -86,7 +91,7 @@ def relative(found):
     """−2.2%: a difference as a part of the other row's loss"""
     if not found or found["difference"] is None or not found.get("of"):
         return ""
-    return f"{found['difference'] / found['of']:+.1%}".replace("-", "−")
+    return part(found["difference"], found["of"])
 
 
 def table(results):
@@ -125,12 +130,12 @@ PRIMARY = ["model", "row", "against", f"{OURS} [95%], own rates", "relative", "s
            "over seeds and files [95%]", "p", "p by Holm"]
 
 
-def primary_row(model, c, adjusted=None):
+def primary_row(model, c, wanted, adjusted=None):
     found = c.get("own")
     documents = (found or {}).get("documents")
     p = p_value(found)
     return [model, c["row"], c["other"], interval(found) or "not run", relative(found),
-            str(found["seeds"]) if found else "",
+            f"{found['seeds']} of {wanted}" if found else "",
             f"[{signed(documents[0])}, {signed(documents[1])}]" if documents else "",
             f"{p:.2g}" if p is not None else "", f"{adjusted:.2g}" if adjusted is not None else ""]
 
@@ -149,13 +154,13 @@ def primary_table(folder, name="adopt", scales=("cpu", "long")):
                 if [c["row"], c["other"]] in list(map(list, results["primary"])):
                     seeds = (c.get("own") or {}).get("seeds", 0)
                     whole = whole and seeds >= len(results["seeds"])
-                    found.append((f"{model}, {scale}", c))
+                    found.append((f"{model}, {scale}", c, len(results["seeds"])))
     if not found:
         return "Not run yet."
     adjusted = [None] * len(found)
     if whole:
-        adjusted = holm([p_value(c["own"]) for _, c in found])
-    rows = [primary_row(where, c, a) for (where, c), a in zip(found, adjusted)]
+        adjusted = holm([p_value(c["own"]) for _, c, _ in found])
+    rows = [primary_row(*what, a) for what, a in zip(found, adjusted)]
     lines = markdown(PRIMARY, rows)
     if not whole:
         lines = ["Runs are still to be made: until all of them are there, these are exploratory.",
@@ -279,7 +284,8 @@ def costs_of(results, fit):
 
 def readme(folder):
     """The table of results in README.md."""
-    lines = [f"| figure | the paper, {PAPERS} | ours, {OURS} | |", "| --- | --- | --- | --- |"]
+    lines = [f"| figure | the paper, {PAPERS} (of its loss) | ours, {OURS} (of our loss) | |",
+             "| --- | --- | --- | --- |"]
     for words, name, row, other, what in README_ROWS:
         path = Path(folder) / f"{name}.json"
         if not path.is_file():
@@ -292,6 +298,8 @@ def readme(folder):
             says = "cannot tell" if not known or fit["low"] <= 1 <= fit["high"] else \
                 "agrees" if fit["multiplier"] > 1 else "differs"
             fewer = fit.get("without_largest")
+            if fewer and fewer["low"] is not None and fewer["low"] <= 1 <= fewer["high"]:
+                says += ", by the largest size alone" if says != "cannot tell" else ""
             without = f"; without that size {multiplier(fewer)} x" if fewer else ""
             cells = [f"{PAPER_MULTIPLIER} x, to 1B", f"{multiplier(fit)} x, to "
                      f"{fit['largest']}{without}", says]
@@ -300,9 +308,15 @@ def readme(folder):
             found = find(results["results"][model]["comparisons"], row, other)
             paper = paper_value(found["paper"], model)
             tuned = found.get("own" if what == "own" else "tuned")
-            says = verdict(paper, tuned, results["paper_losses"].get("0.12B")) if paper else ""
+            paper_loss = results["paper_losses"].get("0.12B")
+            says = verdict(paper, tuned, paper_loss) if paper else ""
             cells = [signed(paper) if paper else "",
                      f"{interval(tuned)}, {tuned['seeds']} seeds" if tuned else "not run yet", says]
+            if paper and paper_loss:
+                cells[0] += f" ({part(paper, paper_loss)})"
+            if tuned and tuned["low"] is not None:
+                low, high = (part(tuned[end], tuned["of"]) for end in ("low", "high"))
+                cells[1] += f" ({relative(tuned)} [{low}, {high}])"
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
