@@ -72,8 +72,10 @@ def measure(model, batch, loss):
     found = torch.autograd.grad(value, [*params.values(), *flat], allow_unused=True)
     of_gamma = dict(zip(map(id, flat), found[len(params):]))
     gammas = {}
-    for name, calls in returned.items():  # a vector that is read twice has two gradients
-        parts = [of_gamma[id(gamma)] for gamma in calls if of_gamma.get(id(gamma)) is not None]
+    for name, calls in returned.items():
+        # a vector that is read twice has two gradients, unless it returns α itself
+        read = dict.fromkeys(map(id, calls))
+        parts = [of_gamma[i] for i in read if of_gamma.get(i) is not None]
         if parts:
             gammas[name] = calls[0].detach(), sum(parts)
     return gammas, dict(zip(params, found))
@@ -134,7 +136,8 @@ def idle_lengths(model, batch, loss, gammas):
         if terms.sum().abs() > 1e-3 * terms.abs().sum():
             continue
         before = value(model, batch, loss) if before is None else before
-        with changed(vector.beta, 2 * vector.beta.data):
+        beta = vector.beta.data  # ER's starts at 0; the sign of OR's is that of γ
+        with changed(vector.beta, torch.copysign(2 * beta.abs() + 0.5, beta)):
             if not differ(before, value(model, batch, loss)):
                 without_effect.append(f"{name}.beta")
     if not without_effect:

@@ -38,9 +38,10 @@ def test_a_norm_undoes_beta():
     assert re.findall(r"layers\.\d\.(\w+\.\w+)\.scale_out.beta", line) == ["attn.v", "mlp.up"] * 2
 
 
-def test_a_beta_at_its_best_is_not_idle():
+@pytest.mark.parametrize("reparam", ["original", "exponential"])
+def test_a_beta_at_its_best_is_not_idle(reparam):
     """Its gradient is next to nothing, too, but another β changes the loss."""
-    vector = ScaleVector((4,), True, True, "original")
+    vector = ScaleVector((4,), True, True, reparam)
     slope = torch.tensor([1.0, -1.0, 0.5, -0.4999])
 
     def loss(vector, batch):
@@ -50,22 +51,22 @@ def test_a_beta_at_its_best_is_not_idle():
 
 
 class Yours(nn.Module):
-    """Two maps behind a norm of PyTorch's and a shift, which is no scale vector; `between` stands
-    between v and o."""
+    """Two maps behind a norm of PyTorch's and a shift, which is no scale vector, read twice;
+    `between` stands between v and o."""
 
     def __init__(self, between):
         super().__init__()
         self.norm, self.between = nn.RMSNorm(16), between
         self.shift = nn.Parameter(torch.randn(16))
-        self.v = ScaledLinear((8, 16), "dual_norm", norm_width=4)
+        self.v = ScaledLinear((8, 16), "dual_norm", reparam="original", norm_width=4)
         self.gate, self.o = ScaledLinear((8, 16), "dual"), ScaledLinear((4, 8), None)
         self.o.absorb(self.v)
         for m in (self.v, self.gate, self.o):
             nn.init.normal_(m.weight)
 
     def forward(self, x):
-        x = self.norm(x + self.shift)
-        return {"y": self.o(self.between(self.v(x) * self.gate(x).sigmoid()))}
+        xs = self.norm(x + self.shift), self.norm(x / 2 - self.shift)
+        return {"y": [self.o(self.between(self.v(x) * self.gate(x).sigmoid())) for x in xs]}
 
 
 def test_a_norm_in_front_and_a_wrong_absorption():
@@ -75,10 +76,18 @@ def test_a_norm_in_front_and_a_wrong_absorption():
     assert line.startswith("norm.weight trains, and so does γ_b of v.scale_in, gate.scale_in")
     model.norm.weight.requires_grad_(False)
     assert found(model, (x,)) == []
-    model.between = nn.Softmax(-1)
-    assert found(model, (x,)) == [
-        "o absorbs γ_a of v, but something that is not channel-wise stands between them: take that "
-        "absorb out"]
+    for between in (nn.Softmax(-1), lambda y: y.flip(-1)):
+        model = Yours(between)
+        model.norm.weight.requires_grad_(False)
+        assert found(model, (x,)) == [
+            "o absorbs γ_a of v, but something that is not channel-wise stands between them: take "
+            "that absorb out"]
+
+    model = tiny_gpt(n_embd=8, n_head=2, n_kv_head=1, scale_heterogeneous=True)
+    model.layers[1].attn.norm = nn.RMSNorm(8)  # the ten maps of both layers would explain all
+    [line] = found(model)
+    assert line.startswith("layers.1.attn.norm.weight trains, and so does γ_b of ")
+    assert re.findall(r"(\w)\.scale_in", line) == ["q", "k", "v"]
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), 1e-30, 1e20])
@@ -126,3 +135,4 @@ def test_the_table_of_maps():
     assert rows["unified"]["mlp.up"][2:6] == ["own,", "in", "W", "of"]
     assert rows["unified"]["attn.o"] == ["-", "-", "-", "-", "W"]
     assert "attn.k_norm" not in rows["shared"]
+    assert "mlp.router" in str(map_table(tiny_gpt(**MIXTURE), set()))  # the last layer's
