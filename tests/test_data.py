@@ -94,6 +94,7 @@ def test_an_epoch_has_every_window_once_and_the_next_another_order(n):
     (0, 1000, 1337, [358, 421, 866, 449, 666, 460, 618, 354]),
     (1022, 1023, 3, [544, 480, 382, 326]),  # from one epoch and block into the next
     (10_000_000, 97_001, 1, [90210, 54001, 44202, 38257]),
+    (5, 1024, 7, [131, 499, 830, 351]),  # a power of 4 needs no wider network
 ])
 def test_the_order_stays_that_of_the_committed_results(first, n, seed, expected):
     assert window_numbers(first, len(expected), n, seed).tolist() == expected

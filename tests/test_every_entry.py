@@ -9,7 +9,9 @@ from conftest import (
 from torch.nn import functional as F
 
 from hf.export import stock_architecture
+from lib.config import TrainConfig
 from lib.process import compile_model
+from model import GPTConfig
 from norms import (
     PLACEMENTS, REPARAMS, ScaledLinear, ScaleVector, fold_scale_vectors, named_scale_vectors)
 from sample import generate
@@ -142,6 +144,18 @@ def test_compiled_is_the_same_function(placement, fork):
     torch._dynamo.reset()
     compile_model(model, backend="eager", options=None)
     torch.testing.assert_close(model(idx, targets)[1], loss, rtol=0, atol=1e-6)
+
+
+def test_what_an_entry_does_not_claim(monkeypatch):
+    """Of docs/fork.md's LayerNorm: one map with it is enough for no zeros in a SwiGLU, and it
+    normalizes all the same."""
+    entry = PLACEMENTS["dual_norm"]._replace(keeps_zeros=False, divides_by_rms=False)
+    monkeypatch.setitem(PLACEMENTS, "entry", entry)
+    for name in ("gate", "up"):
+        mlp = tiny_gpt(scale_placement="entry", scale_placement_on=name, d_ff=45).layers[0].mlp
+        assert mlp.gate.pad == mlp.up.pad == mlp.down.pad == (0, 0)
+    with pytest.raises(ValueError, match="qk_norm=True would normalize what scale_placement='entr"):
+        TrainConfig(model=GPTConfig(scale_placement="entry", qk_norm=True))
 
 
 def test_names_are_checked():

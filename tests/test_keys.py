@@ -318,6 +318,9 @@ def max_bad_steps(runs, key):
         line = refused(*runs.arguments({"max_bad_steps": value, "learning_rate": 1e30,
                                         "warmup_iters": 0, "max_iters": 9}))
         assert f"{value} steps in a row up to step {value} were not finite" in line
+    losses, step = iter([1, math.inf, math.inf, 1, math.inf, 1]), program.training_step
+    runs.monkeypatch.setattr(program, "training_step", lambda *a: (next(losses), *step(*a)[1:]))
+    runs(max_bad_steps=3, max_iters=6)  # three in all, and never in a row
 
 
 def dist_timeout(runs, key):

@@ -97,7 +97,9 @@ def test_grouped_bfloat16_products_are_the_mixtures_formula(keys, width):
         return [y, *torch.autograd.grad((y * probe).sum(), [x, *layer.parameters()])]
 
     expected = with_gradients(reference.mixture(layer, reference.norm(x, 1e-6), config)[0])
-    found = with_gradients(layer(x.bfloat16())[0].float())
+    y = layer(x.bfloat16())[0]
+    assert y.dtype == torch.bfloat16
+    found = with_gradients(y.float())
     size = torch.cat([t.flatten() for t in expected]).norm()
     for a, b in zip(found, expected):  # a β's gradient is a small sum of large terms
         assert (a - b).norm() <= 0.01 * b.norm() + 1e-3 * size
@@ -295,6 +297,7 @@ def test_generate():
         context = context[:, -8:] if context.size(1) > 16 else context
         assert torch.equal(token, model(context)[0][:, -1].argmax(-1))
         context = torch.cat((context, token[:, None]), 1)
+    assert len(list(sample.generate(tiny_gpt(block_size=1), many[:1, :3], 3))) == 3
     with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
         model(torch.zeros(1, 17, dtype=torch.long))
     caches = [[]]

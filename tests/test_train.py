@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from lib.checkpoint import newest_checkpoint
 from lib.config import load_config, meta_model, to_dict
 from lib.count import num_params, scale_params
 from lib.data import Dataset, window_numbers
+from lib.log import RunLog
 from lib.process import Process
 from model import GPT
 from norms import ScaleVector, named_scale_vectors
@@ -76,6 +78,9 @@ def test_run_folder(undisturbed, dataset):
     first, second = [line for line in printed.splitlines() if "grad_norm" in line][:2]
     assert first.startswith("step      0/12") and "tokens/s" not in first and "left" not in first
     assert "tokens/s" in second and second.endswith(" left")
+    log = RunLog(config, ONE_PROCESS)
+    log.began = 1, time.monotonic() - 100  # for 4 steps, so for the other 7 it needs 175 s
+    assert log.speed(5, 1234.0, 0.25) == "  1,234 tokens/s  mfu 25.0%  0:02:55 left"
 
 
 def test_scale_and_matrix_events(mixture):
@@ -258,7 +263,7 @@ def at_step(monkeypatch, step, action):
 
 def test_a_stopped_run_resumes_bit_for_bit(mixture, dataset, tmp_path, monkeypatch, request):
     """Stopped three times, by each signal once. In the end SIGHUP is ignored, as under nohup, where
-    this test may itself run."""
+    this test may itself run, and one in the last step comes too late."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     args = [UNIFIED_CONFIG, *start(tmp_path, dataset, *CONSTANT), "--resume"]  # at first it starts
@@ -272,6 +277,7 @@ def test_a_stopped_run_resumes_bit_for_bit(mixture, dataset, tmp_path, monkeypat
         assert done in printed and newest_checkpoint(tmp_path)[1]["step"] == step + 1
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, 10, lambda: signal.raise_signal(signal.SIGHUP))
+    at_step(monkeypatch, 11, lambda: signal.raise_signal(signal.SIGTERM))
     assert "at step 9" in trained(*args)
     same_runs(mixture[0], tmp_path)
 

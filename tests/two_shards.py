@@ -5,8 +5,10 @@ again, and folds.
 """
 import torch
 import torch.distributed as dist
+from conftest import UNIFIED, tiny_gpt
 from test_docs import blocks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 names = {}
@@ -66,5 +68,9 @@ if rank == 0:
     plain.load_state_dict(state)
     folded = names["fold_scale_vectors"](plain)
     torch.testing.assert_close(folded(part), expected, rtol=0, atol=1e-5)
+gpt, whole = (tiny_gpt(**UNIFIED) for _ in range(2))  # whose γ go in batches, but for shards
+for m in (*gpt.layers, gpt):
+    fully_shard(m, mesh=mesh)
+torch.testing.assert_close(gpt(part)[0], whole(part)[0], rtol=0, atol=1e-5)
 dist.destroy_process_group()
 print("as the page says")

@@ -238,7 +238,8 @@ def test_nothing_is_touched_that_was_not_written_here(tmp_path, dataset, out, me
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"my": "own"}', encoding="utf-8")
     before = everything(tmp_path)
-    assert message in refused(folder, "--out", tmp_path / out)
+    for given in (folder, tmp_path / "link"):
+        assert message in refused(given, "--out", tmp_path / out)
     assert everything(tmp_path) == before
 
 

@@ -194,6 +194,7 @@ def test_changed_hyperparameters_are_in_force(dataset, tmp_path, kind):
     args += ["--max_iters=6", *(f"--{key}={value}" for key, value in NEW.items())]
     printed = trained(*args, "--resume")
     assert all(f"{key}={value!r} (was " in printed for key, value in NEW.items())
+    assert printed.count(" (was ") == len(NEW) + 1  # and max_iters
 
     config = load_config(args)
     model = GPT(config.model)
