@@ -183,6 +183,8 @@ def test_how_variants_start():
         std = 0.03 / math.sqrt(2 * 3) if name.endswith((".o.weight", "down.weight")) else 0.03
         assert abs(W.std() / std - 1) < 0.1 and abs(W.mean()) < 0.1 * std, name
     assert GPTConfig(n_embd=144, init_std=0.0).init_std == 1 / 12
+    tied = tiny_gpt(tie_embeddings=True, **keys)  # drawn once
+    assert torch.equal(tied.head.weight, matrices["embedding.weight"])
     for placement, hg in itertools.product(OUR_PLACEMENTS, (False, True)):
         model = tiny_gpt(scale_placement=placement, scale_heterogeneous=hg, **keys)
         state = model.state_dict()
