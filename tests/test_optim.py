@@ -154,6 +154,7 @@ WSD = {0: 0.1, 9: 1.0, 10: 1.0, 60: 1.0, 100: 0.2, 150: 0.2}
     ({"decay_shape": "linear"}, WSD | {70: 0.2 + 0.8 * 0.75}),
     ({"decay_shape": "cosine"}, WSD | {70: 0.2 + 0.8 * (0.5 + 0.5 * math.sqrt(0.5))}),
     ({"decay_shape": "sqrt"}, WSD | {70: 0.2 + 0.8 * 0.5}),
+    ({"decay_share": 0.29}, {71: 1.0, 72: 1 - 0.8 / 29}),  # 28.999999999999996 steps are 29
     ({"warmup_iters": 0}, {0: 1.0}),
     ({"warmup_iters": 0, "schedule": "cosine"}, {0: 1.0}),
 ], ids=str)

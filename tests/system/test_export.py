@@ -297,6 +297,14 @@ def test_every_cache_of_generate(custom):
     beams = [greedy(custom, idx, 6, num_beams=3, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*beams)
 
+    cache, told = transformers.DynamicCache(config=custom.config), []  # early versions 5 are told
+    update = cache.update
+    cache.update = lambda keys, values, i, place: told.append(
+        place["cache_position"].tolist()) or update(keys, values, i, place)
+    for piece in (idx, expected[:, 4:5]):
+        custom(piece, past_key_values=cache)
+    assert told == [[0, 1, 2, 3]] * len(cache.layers) + [[4]] * len(cache.layers)
+
     layers = [transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window=4)]
     offloaded = transformers.DynamicCache(config=custom.config)
     offloaded.offloading = True
