@@ -313,6 +313,7 @@ def test_generate():
     seed = torch.Generator().manual_seed(3)
     drawn = generate(many, 1, temperature=2.0, top_k=7, generator=seed)
     assert torch.equal(drawn[:, 0], expected)
+    assert torch.equal(generate(many, 1, top_k=1), generate(many, 1, temperature=0))
 
 
 def test_autocast_and_odd_widths():

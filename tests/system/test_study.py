@@ -177,6 +177,7 @@ def test_best_rate():
     assert evidence.own_rate(losses, "m", "a", (1e-3, 2e-3)) == 2e-3
     losses[Cell("m", "a", 1e-3, 2)] = 0.0  # of a seed that the other rate lacks
     assert evidence.own_rate(losses, "m", "a", (1e-3, 2e-3)) == 2e-3
+    assert best_rate(losses, study, "m", "a") == 2e-3  # and that tunes nothing
     losses[Cell("m", "a", 2e-3, 2)] = 9.0
     assert evidence.own_rate(losses, "m", "a", (1e-3, 2e-3)) == 1e-3
     del losses["m", "a", 1e-3, 1, False]
@@ -246,7 +247,8 @@ def test_an_idea_is_a_row_of_the_track(tmp_path):
     named = load_study(TRACK, "cpu", idea, name="mine", steps=400)
     assert named.rule == {}  # short runs prove nothing
     assert named.name == "track_mine_400_steps" and named.title.endswith("shortened to 400 steps")
-    assert {named.keys(Cell("0.23M", row, 1e-3, 1))["max_iters"] for row in named.rows} == {400}
+    keys = [named.keys(Cell("0.23M", row, 1e-3, 1)) for row in named.rows]
+    assert {(k["max_iters"], k["warmup_iters"]) for k in keys} == {(400, 16)}
 
 
 # ---- run folders ---------------------------------------------------------------------------------
