@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import apply_rope, rope_tables
+from model import CrossEntropy, apply_rope, rope_tables
 
 
 class Linear(nn.Linear):
@@ -86,6 +86,7 @@ class PlainGPT(nn.Module):
         self.layers = nn.ModuleList([self.block(config) for _ in range(config.n_layer)])
         self.norm = self.final_norm(config.n_embd, config.norm_eps)
         self.head = Linear(config.n_embd, config.vocab_size)
+        self.cross_entropy = CrossEntropy()  # what compile_model compiles with the head
         for name, table in zip(("cos", "sin"), rope_tables(config)):
             self.register_buffer(name, table, persistent=False)
         self.add_parameters()
@@ -103,12 +104,10 @@ class PlainGPT(nn.Module):
         x = self.embed(idx).to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x, self.cos[:idx.size(1)], self.sin[:idx.size(1)])
-        return None, self.loss(x, targets)
+        return None, self.cross_entropy(self.logits, x, targets)
 
-    def loss(self, x, targets):
-        logits = self.head(self.norm(x))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    def logits(self, x):
+        return self.head(self.norm(x))
 
     def auxiliary_loss(self):
         return 0.0
