@@ -7,7 +7,6 @@ What bench/benchmark.py compares with: two models written without this project's
 
 q, k, v are one matrix, gate and up another. Float32 weights are cast where they are used.
 """
-import torch
 from torch import nn
 from torch.nn import functional as F
 
