@@ -327,6 +327,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c
         self.compute_dtype = None  # of the activations; None: the parameters' own
+        self.compiled = False  # in parts, by lib.process.compile_model
         self.routers = None  # what the routers did in the last forward, (MoE layers, 2 + E)
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         self.layers = nn.ModuleList([Block(c, layer) for layer in range(c.n_layer)])
@@ -384,9 +385,11 @@ class GPT(nn.Module):
         if self.compute_dtype:
             x = x.to(self.compute_dtype)
 
-        # all γ in a few batches, unless a block is run again in the backward pass and needs its own
+        # All γ in a few batches, unless a block is run again in the backward pass and needs its
+        # own, or is compiled, which makes its γ cheap
         recompute = self.config.recompute and self.training and caches is None
-        with gammas_in_batches(() if recompute else self.modules()):
+        apart = recompute or self.compiled
+        with gammas_in_batches(() if apart else self.modules()):
             routers = []
             for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
                 if recompute:

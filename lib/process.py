@@ -37,6 +37,7 @@ def compile_model(model, **how):
         looped = getattr(layer, "moe", False) and model.compute_dtype != torch.bfloat16
         (layer.attn if looped else layer).compile(**how)
     model.cross_entropy.compile(**how)
+    model.compiled = True
 
 
 def torchrun():
