@@ -148,6 +148,7 @@ def test_bytes_per_token_of_gpt2s_shards(tmp_path, needs_gpt2):
     assert Dataset(tmp_path, 16, 50304).val_bytes_per_token == len(text) / len(tokens)
 
 
+@pytest.mark.slow
 def test_the_pages_own_tokenizer(texts, tmp_path, monkeypatch):
     """docs/data.md from file to sample: as many bytes a token as its merges give, and a sample."""
     page = (ROOT / "docs/data.md").read_text("utf-8").split("## Your own tokenizer")[1]

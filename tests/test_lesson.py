@@ -45,6 +45,7 @@ def test_each_block_prints_what_the_page_shows(monkeypatch):
     assert not printed
 
 
+@pytest.mark.slow
 def test_its_commands(dataset, tmp_path):
     """Train both, for two steps, and draw them together."""
     pytest.importorskip("matplotlib")

@@ -447,6 +447,7 @@ def test_model_card(tmp_path):
     assert load(tmp_path / "ids_hf").config.eos_token_id is None
 
 
+@pytest.mark.slow
 def test_files_are_utf8_in_every_locale(tmp_path):
     """Also where it is ASCII; our code, reason and card have γ. There is no warning that our probe
     of the tokenizer is longer than the context of 16."""

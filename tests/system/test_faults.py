@@ -37,6 +37,7 @@ def killed_in_the_midst_of_a_write(pid, out):
         time.sleep(random.uniform(0, 0.01))
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_and_passes_signals_on(dataset, tmp_path):
     """One of two processes is killed while it writes a checkpoint: torchrun's restart continues
     from the whole one before, also without --resume. Then SIGTERM to torchrun, as a scheduler sends
