@@ -5,8 +5,7 @@ Draw runs: losses over steps, how runs differ, and how each scale vector and mat
   python -m studies report out/quickstart_baseline out/quickstart   compares: writes out/report.png
 
 Reads log.jsonl and summary.json of each run folder. A map that several runs have is one panel: a
-run is a colour, a layer a shade of it. What the log has not, or what would repeat another panel, is
-not drawn. Runs whose folders have one name are told apart by the folders above them.
+run is a colour, a layer a shade of it.
 """
 import argparse
 import json
@@ -17,8 +16,8 @@ from pathlib import Path
 
 from lib.disk import write_whole
 
-COLUMNS, PIXELS, DPI = 4, 1000, 100
-WINDOW = 50  # steps of the running mean of training losses, the same for all runs
+COLUMNS, WIDTH, DPI = 4, 10, 100  # inches
+WINDOW = 50  # steps of the running mean of training losses
 COLORS = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")  # of a run: maps of shades
 # what is read of each event
 LOGGED = {"train": ("step", "loss"), "eval": ("step", "tokens", "val_loss"),
@@ -28,9 +27,8 @@ SECTIONS = (
     ("scale", "mean", "γ",
      "Each scale vector: the mean of its entries, and a band of one standard deviation. Look for"
      " vectors that decay pulls to 0, and for bands that widen: entries that go their own ways."),
-    ("scale", "beta", "β", "The length of γ as ER writes it, e^β: 0 is the start."),
     ("scale", "alpha", "size of α",
-     "The root mean square of α, where γ is written with one. Under OR it has no effect on γ, but a"
+     "The root mean square of α, where γ has a β, too. Under OR it has no effect on γ, but a"
      " short α turns faster: look for those that decay has shortened."),
     ("matrix", "norm", "norm / its start",
      "Each matrix's length, relative to its start. Look for maps of one layer that part: they have"
@@ -53,7 +51,7 @@ def read_log(path):
             record = json.loads(line)
             if all(key in record for key in LOGGED[record["event"]]):
                 events.setdefault(record["event"], []).append(record)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
     return events
 
@@ -69,26 +67,15 @@ def log_of(run):
     return events
 
 
-def names_of(runs):
-    """{name: folder}: the end of each path, as long as it must be to differ from the others'. The
-    same folder twice counts once."""
-    paths = list(dict.fromkeys(Path(run).resolve() for run in runs))
-    names = {}
-    for path in paths:
-        length = 1
-        while any(o != path and o.parts[-length:] == path.parts[-length:] for o in paths):
-            length += 1
-        names["/".join(path.parts[-length:])] = path
-    return names
+def points(log, event, key):
+    """[(step, value), ...] of an event's records in which the key is a number."""
+    return [(r["step"], r[key]) for r in log.get(event, []) if r.get(key) is not None]
 
 
 def smooth(values):
-    """Running mean over WINDOW values; None, a step that was not made, is left out."""
-    out = []
-    for end in range(1, len(values) + 1):
-        known = [v for v in values[max(0, end - WINDOW):end] if v is not None]
-        out.append(sum(known) / len(known) if known else float("nan"))
-    return out
+    """Running mean over WINDOW values."""
+    windows = (values[max(0, end - WINDOW):end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
 
 
 def label_of(name):
@@ -104,48 +91,22 @@ def label_of(name):
     return name, int(layer[1]) if layer else 0
 
 
-def repeats(record, key):
-    """Whether the mean ± deviation of γ tells it already: α of a plain γ, which is γ, and OR's β,
-    which is its length."""
-    if key not in ("alpha", "beta"):
-        return False
-    square = record["mean"] ** 2 + record["std"] ** 2
-    return math.isclose(record[key] ** 2, square, rel_tol=0.01)
-
-
 def curves(records, key):
     """{label: {layer: [(step, value, half a band), ...]}} of the records in which the key is a
-    number. The band is one standard deviation of γ; a norm is divided by its first. A vector whose
-    numbers repeat γ's at every step is left out."""
-    out, new = {}, set()
+    number. The band is one standard deviation of γ; a norm is divided by its first. A vector
+    without β has no curve of its α, which is γ."""
+    out = {}
     for record in records:
-        if record.get(key) is None or record.get("std", 0) is None:
+        if record.get(key) is None or (key == "alpha" and record.get("beta") is None):
             continue
         label, layer = label_of(record["name"])
         band = record["std"] if key == "mean" else 0.0
         out.setdefault(label, {}).setdefault(layer, []).append((record["step"], record[key], band))
-        if not repeats(record, key):
-            new.add(label)
-    out = {label: layers for label, layers in out.items() if label in new}
     for layers in out.values() if key == "norm" else ():
-        for layer, points in layers.items():
-            start = points[0][1]  # a matrix that starts at 0 has no relative norm
-            layers[layer] = [(s, v / start, b) for s, v, b in points] if start else []
+        for layer, found in layers.items():
+            start = found[0][1]  # a matrix that starts at 0 has no relative norm
+            layers[layer] = [(s, v / start, b) for s, v, b in found] if start else []
     return out
-
-
-def seconds_at(run, log, steps):
-    """Seconds of training at these steps, at the run's mean speed; None if that is not known."""
-    speed = (read_summary(run) or log["train"][-1]).get("tokens_per_s")
-    tokens = {r["step"]: r.get("tokens") for r in log.get("eval", [])}
-    if not speed or None in tokens.values():
-        return None
-    return [tokens[step] / speed for step in steps]
-
-
-def evaluations(log, key="val_loss"):
-    """{step: value} of the evaluations whose value is a number."""
-    return {r["step"]: r[key] for r in log.get("eval", []) if r.get(key) is not None}
 
 
 # ---- the picture ---------------------------------------------------------------------------------
@@ -156,54 +117,38 @@ def shade(run, layer=1, layers=1):
     return plt.get_cmap(COLORS[run % len(COLORS)])(0.4 + 0.5 * layer / max(1, layers))
 
 
-def loss_panels(logs, runs, seconds):
-    """[(draw(axis), title and what to look for, x axis)] of the panels at the top."""
-    def losses(axis):
-        shown = []
-        for number, (name, log) in enumerate(logs.items()):
-            steps, values = zip(*((r["step"], r["loss"]) for r in log["train"]))
-            axis.plot(steps, smooth(values), color=shade(number), alpha=0.5, linewidth=1)
-            points = evaluations(log)
-            final = f", {list(points.values())[-1]:.4f} at the end" if points else ""
-            axis.plot(*zip(*points.items()) if points else ((), ()), "o-", color=shade(number),
-                      markersize=3, label=name + final)
-            shown.extend(smooth(values)[len(values) // 10:])
-        # the first tenth falls so far that the rest would look flat
-        if all(map(math.isfinite, shown)):
-            axis.set_ylim(min(shown) - 0.05, max(shown) + 0.05)
-
-    def differences(axis):
-        first = evaluations(next(iter(logs.values())))
-        axis.axhline(0, color=shade(0), linewidth=1)
-        for number, log in enumerate(logs.values()):
-            points = {s: v - first[s] for s, v in evaluations(log).items() if s in first}
-            if number and points:
-                axis.plot(*zip(*points.items()), "o-", color=shade(number), markersize=3)
-
-    def over_time(axis):
-        for number, (name, log) in enumerate(logs.items()):
-            points = evaluations(log)
-            if times := seconds_at(runs[name], log, points):
-                axis.plot(times, points.values(), "o-", color=shade(number), markersize=3)
-
-    def logits(axis):
-        for number, log in enumerate(logs.values()):
-            points = evaluations(log, "logit_scale")
-            axis.plot(*zip(*points.items()) if points else ((), ()), "o-", color=shade(number),
-                      markersize=3)
-
-    panels = [(losses, "loss, nats a token: validation (dots),\n"
-                       f"training (mean of {WINDOW} steps)", "step")]
-    if len(logs) > 1:
-        panels.append((differences, f"validation loss less that of {next(iter(logs))}:\n"
-                                    "below 0 is better; one seed proves little", "step"))
-    if seconds:
-        panels.append((over_time, "validation loss over time:\nlook here before you pay for it",
-                       "seconds of training, at the mean speed"))
-    if any(evaluations(log, "logit_scale") for log in logs.values()):
-        panels.append((logits, "deviation of the logits: how sure\nthe model is of the next token",
-                       "step"))
-    return panels
+def draw_losses(figure, logs):
+    """The panels at the top: losses, the logits' deviation, and differences from the first run."""
+    first_name, first_log = next(iter(logs.items()))
+    titles = [f"loss, nats a token: validation (dots),\ntraining (mean of {WINDOW} steps)",
+              "deviation of the logits: how sure\nthe model is of the next token",
+              f"validation loss less that of {first_name}:\n"
+              "below 0 is better; one seed proves little"]
+    axes = figure.subplots(1, 3 if len(logs) > 1 else 2)
+    first, shown = dict(points(first_log, "eval", "val_loss")), []
+    for number, (name, log) in enumerate(logs.items()):
+        dots = {"marker": "o", "markersize": 3, "color": shade(number)}
+        losses = points(log, "train", "loss")
+        smoothed = smooth([loss for _, loss in losses])
+        shown += smoothed[len(smoothed) // 10:]
+        axes[0].plot([step for step, _ in losses], smoothed, color=shade(number), alpha=0.5)
+        found = dict(points(log, "eval", "val_loss"))
+        end = f", {list(found.values())[-1]:.4f} at the end" if found else ""
+        axes[0].plot(list(found), list(found.values()), label=name + end, **dots)
+        logits = dict(points(log, "eval", "logit_scale"))
+        axes[1].plot(list(logits), list(logits.values()), **dots)
+        if len(logs) > 1:
+            both = [step for step in found if step in first]
+            axes[2].plot(both, [found[step] - first[step] for step in both], **dots)
+    # the first tenth falls so far that the rest would look flat
+    if shown:
+        axes[0].set_ylim(min(shown) - 0.05, max(shown) + 0.05)
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=2,
+                  fontsize=8, frameon=False)
 
 
 def draw_section(figure, words, caption, groups):
@@ -216,8 +161,8 @@ def draw_section(figure, words, caption, groups):
     for axis, label in zip(axes.flat, labels):
         for number, panels in enumerate(groups):
             layers = panels.get(label, {})
-            for layer, points in sorted(layers.items()):
-                steps, values, bands = zip(*points) if points else ((), (), ())
+            for layer, found in sorted(layers.items()):
+                steps, values, bands = zip(*found) if found else ((), (), ())
                 color = shade(number, layer, max(layers))
                 axis.plot(steps, values, color=color, linewidth=1)
                 axis.fill_between(steps, [v - b for v, b in zip(values, bands)],
@@ -236,74 +181,44 @@ def order(label):
     return label.split(" of ")[-1], label[:3] == "γ_a"
 
 
-def report(runs, path, seconds=False):
+def draw(logs, path):
     """Write the picture of the runs: losses on top, then a block for each kind of number."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    folders = names_of(runs)
-    logs = {name: log_of(run) for name, run in folders.items()}
-    blocks = []
+    heights, blocks = [3.6], []
     for event, key, words, caption in SECTIONS:
         groups = [curves(log.get(event, []), key) for log in logs.values()]
-        labels = {label for panels in groups for label in panels}
-        if labels:
-            blocks.append((0.6 + 1.35 * -(-len(labels) // COLUMNS), words, caption, groups))
-    heights = [3.6, *(block[0] for block in blocks)]
-    figure = plt.figure(figsize=(PIXELS / DPI, sum(heights)), layout="constrained")
+        if labels := {label for panels in groups for label in panels}:
+            heights.append(0.6 + 1.35 * math.ceil(len(labels) / COLUMNS))
+            blocks.append((words, caption, groups))
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-
-    panels = loss_panels(logs, folders, seconds)
-    axes = parts[0].subplots(1, len(panels), squeeze=False)[0]
-    for axis, (draw, title, words) in zip(axes, panels):
-        draw(axis)
-        axis.set_title(title, fontsize=8)
-        axis.set_xlabel(words, fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    handles = axes[0].get_legend_handles_labels()
-    parts[0].legend(*handles, loc="outside lower center", ncol=2, fontsize=8, frameon=False)
-    for part, (_, *block) in zip(parts[1:], blocks):
+    draw_losses(parts[0], logs)
+    for part, block in zip(parts[1:], blocks):
         draw_section(part, *block)
-    if blocks:
-        figure.supxlabel("step; a line is a layer, pale the first, dark the last", fontsize=8)
+    figure.supxlabel("step; a line is a layer, pale the first, dark the last", fontsize=8)
     write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format=Path(path).suffix[1:] or "png"))
     plt.close(figure)
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def read_summary(run):
-    """A run's summary.json; None if the run has not finished."""
-    path = Path(run) / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        return {key: summary[key] for key in ("val_loss", "val_bpb", "params", "scale_params",
-                                              "tokens", "tokens_per_s")}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path} is not what train.py leaves at the end of a run: leave this run "
-                         "out, or run it anew") from None
-
-
 def table(runs):
-    """One line a run: what it ended with."""
-    names = names_of(runs)
-    width = max(3, *map(len, names))
-    lines = [f"{'run':<{width}} {'val_loss':>10} {'bits/byte':>9} {'params':>13} {'scale':>9} "
-             f"{'tokens':>14} {'tokens/s':>9}"]
-    for name, run in names.items():
-        s = read_summary(run)
-        if s is None:
-            diverged = (Path(run) / "diverged.txt").is_file()
-            lines.append(f"{name:<{width}} {'diverged' if diverged else 'not finished'}")
+    """One line a run: what its summary.json says that it ended with."""
+    width = max(3, *map(len, runs))
+    lines = [f"{'run':<{width}} {'val_loss':>10} {'params':>13} {'scale':>9} {'tokens':>14} "
+             f"{'tokens/s':>9}"]
+    for run in runs:
+        path = Path(run) / "summary.json"
+        if not path.is_file():
+            lines.append(f"{run:<{width}} not finished")
             continue
+        s = json.loads(path.read_text(encoding="utf-8"))
         loss = "not finite" if s["val_loss"] is None else f"{s['val_loss']:.4f}"
-        bpb = f"{s['val_bpb']:.4f}" if s["val_bpb"] else "-"
-        lines.append(f"{name:<{width}} {loss:>10} {bpb:>9} {s['params']:>13,} "
-                     f"{s['scale_params']:>9,} {s['tokens']:>14,} {s['tokens_per_s']:>9,.0f}")
+        lines.append(f"{run:<{width}} {loss:>10} {s['params']:>13,} {s['scale_params']:>9,} "
+                     f"{s['tokens']:>14,} {s['tokens_per_s']:>9,.0f}")
     return "\n".join(lines)
 
 
@@ -313,19 +228,18 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--out", help="the picture to write; otherwise report.png in the run's "
                                       "folder, or of several runs in the one above the first")
-    parser.add_argument("--seconds", action="store_true", help="a panel over time, too")
     args = parser.parse_args(argv)
+    runs = list(dict.fromkeys(args.runs))
     try:
-        print(table(args.runs))
-        folder = Path(args.runs[0])
-        if len(names_of(args.runs)) > 1:
-            folder = folder.parent
+        logs = {run: log_of(run) for run in runs}
+        print(table(runs))
+        folder = Path(runs[0])
+        if len(runs) > 1:
+            folder = folder.resolve().parent
         out = args.out or folder / "report.png"
-        report(args.runs, out, args.seconds)
+        draw(logs, out)
         print(f"wrote {out}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except ImportError:
         sys.exit("error: the picture needs matplotlib: pip install matplotlib")
-    except KeyboardInterrupt:
-        sys.exit("stopped: nothing was written")
