@@ -37,12 +37,14 @@ from train import training_step
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {"nanoGPT": NanoGPT, "plain": PlainGPT}  # dense only
 HG = {"scale_heterogeneous": True}
+UNIFIED = {**HG, "scale_placement": "dual_norm", "scale_reparam": "original"}
 VARIANTS = {
     "none": {"scale_vectors": False},
     "baseline": {},
     "HG": HG,
     "HG+DP+OR": {**HG, "scale_placement": "dual", "scale_reparam": "original"},
-    "unified": {**HG, "scale_placement": "dual_norm", "scale_reparam": "original"},
+    "unified": UNIFIED,
+    "unified but the head": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
 }
 NAMES = [*PEERS, *VARIANTS]
 CPU_CONFIG = ["configs/quickstart_baseline.py", "--device=cpu", "--n_layer=4", "--n_head=4",
@@ -212,10 +214,10 @@ def race(config, names, rounds):
 
 def table(result):
     """A race for people: a row for each contestant, and what was run."""
-    lines = [f"{'':10s} {'time / baseline':>24s} {'time / nanoGPT':>24s} {'tokens/s':>10s} "
+    lines = [f"{'':20s} {'time / baseline':>24s} {'time / nanoGPT':>24s} {'tokens/s':>10s} "
              f"{'MFU':>6s} {'causal':>6s} {'peak GB':>8s}"]
     for name, row in result["variants"].items():
-        cells = [f"{name:10s}"]
+        cells = [f"{name:20s}"]
         for other in ("baseline", "nanoGPT"):
             r = row.get(f"time_over_{other}")
             cells.append(f"{r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f})" if r else "")

@@ -1,8 +1,10 @@
 """
-The parts of bench/gpu_check.sh: measurements that want a GPU; a CPU runs them at toy shapes.
+Measurements that want a GPU; a CPU runs them at toy shapes. bench/gpu_check.sh has their order.
 
-Each check is a function (process, toy) -> a dict of numbers. A check that fails leaves its error
-in the file, and the others run. What compares is a test: tests/test_cuda.py.
+  python -m bench.gpu_check head      writes studies/results/gpu_head.json
+
+Each check is a function (process, toy) -> a dict of numbers, or a race of RACES. What compares is a
+test: tests/test_cuda.py.
 """
 import argparse
 import contextlib
@@ -10,10 +12,11 @@ import dataclasses
 import gc
 import io
 import json
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch._inductor import config as inductor
@@ -50,7 +53,7 @@ def release(process):
         torch.cuda.empty_cache()
 
 
-# ---- A: is it right? -----------------------------------------------------------------------------
+# ---- is it right? --------------------------------------------------------------------------------
 
 def ceilings(process, toy):
     """The best that the card itself reaches: a product of two bfloat16 matrices, and a copy."""
@@ -103,59 +106,58 @@ def training(process, toy):
     return found
 
 
-# ---- B and C: is it fast? ------------------------------------------------------------------------
-
-def races(process, toy, entries):
-    """bench/benchmark.py's race for each (label, config and keys, contestants)."""
-    found = {}
-    for label, argv, names in entries:
-        config = load_config([*argv, *(TOY if toy else []), "--gradient_accumulation_steps=2"])
-        found[label] = race(config, names, 2 if toy else 7)
-        say(f"{label}\n{table(found[label])}")
-        release(process)
-    return found
-
+# ---- is it fast? ---------------------------------------------------------------------------------
 
 PAIR = ["baseline", "unified"]
 AT_1B = ["configs/baseline_1b.py", "--batch_size=4"]
 
 
-def dense_and_mixture(process, toy):
-    return races(process, toy, [
-        ("0.12B, 16 x 1024", ["configs/baseline_120m.py"],
-         ["nanoGPT", "plain", "none", "baseline", "HG", "HG+DP+OR", "unified"]),
-        ("0.5B, 4 x 4096", ["configs/baseline_500m.py", "--batch_size=4"], ["plain", *PAIR]),
-        ("MoE-0.5B, 16 x 1024", ["configs/baseline_moe_500m.py"], PAIR)])
+def inductor_keys(**keys):
+    """A setting: these keys of Inductor's, of which older versions of PyTorch lack some."""
+    return inductor.patch({key: value for key, value in keys.items() if hasattr(inductor, key)})
 
 
-def one_billion(process, toy):
-    return races(process, toy, [("1B, 4 x 4096", AT_1B, ["plain", "baseline", "HG+DP+OR",
-                                                         "unified"])])
+def no_mix_order_reductions():
+    return inductor.patch("triton.mix_order_reduction", False)  # not in PyTorch 2.9
 
 
-def two_sequences_and_mixture(process, toy):
-    return races(process, toy, [
-        ("1B, 2 x 4096", ["configs/baseline_1b.py", "--batch_size=2"], PAIR),
-        ("MoE-1B, 4 x 4096", ["configs/baseline_moe_1b.py", "--batch_size=4"], PAIR)])
+class Race(NamedTuple):
+    """bench/benchmark.py's race at one shape."""
+    argv: list  # a config, and keys
+    names: list  # the contestants
+    rounds: int = 7
+    setting: Callable = contextlib.nullcontext  # a choice of PyTorch's that is changed
 
 
-def choices_of_pytorch(process, toy):
-    """1B as PyTorch chooses, and with one choice changed: without Inductor's mix-order reductions,
-    and with each attention kernel. One of the two kernels is PyTorch's own choice: how far its race
-    is from the first one is noise."""
-    settings = {"as PyTorch chooses": contextlib.nullcontext()}
-    if hasattr(inductor.triton, "mix_order_reduction"):  # not in PyTorch 2.9
-        settings["no mix-order reductions"] = inductor.patch("triton.mix_order_reduction", False)
-    settings["flash attention"] = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
-    if process.device.type == "cuda":
-        settings["cuDNN attention"] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-    found = {}
-    for label, setting in settings.items():
-        with setting:
-            try:
-                found |= races(process, toy, [(label, AT_1B, PAIR)])
-            except RuntimeError as error:  # a card without this kernel
-                found[label] = one_line(error)
+# One of the two attention kernels is PyTorch's own choice: how far its race is from race_1b's is
+# noise. By default the gradients of q, k and v are written by one kernel, which computes each
+# branch for each element; race_120m_slices has one for each.
+RACES = {
+    "race_120m": Race(["configs/baseline_120m.py"],
+                      ["nanoGPT", "plain", *PAIR, "unified but the head"]),
+    "race_120m_slices": Race(
+        ["configs/baseline_120m.py"], ["nanoGPT", "plain", *PAIR, "unified but the head"],
+        setting=lambda: inductor_keys(max_pointwise_cat_inputs=0,
+                                      max_complex_pointwise_cat_inputs=0)),
+    "race_120m_parts": Race(["configs/baseline_120m.py"], ["none", "baseline", "HG", "HG+DP+OR"]),
+    "race_500m": Race(["configs/baseline_500m.py", "--batch_size=4"], ["plain", *PAIR]),
+    "race_moe_500m": Race(["configs/baseline_moe_500m.py"], PAIR),
+    "race_moe_1b": Race(["configs/baseline_moe_1b.py", "--batch_size=4"], PAIR),
+    "race_1b": Race(AT_1B, PAIR, rounds=3),
+    "race_1b_parts": Race(AT_1B, ["plain", "baseline", "HG+DP+OR", "unified"]),
+    "race_1b_small": Race(["configs/baseline_1b.py", "--batch_size=2"], PAIR),
+    "race_1b_no_mix": Race(AT_1B, PAIR, setting=no_mix_order_reductions),
+    "race_1b_flash": Race(AT_1B, PAIR, setting=lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
+    "race_1b_cudnn": Race(AT_1B, PAIR, setting=lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
+}
+
+
+def run_race(name, toy):
+    entry = RACES[name]
+    config = load_config([*entry.argv, *(TOY if toy else []), "--gradient_accumulation_steps=2"])
+    with entry.setting():
+        found = race(config, entry.names, 2 if toy else entry.rounds)
+    say(table(found))
     return found
 
 
@@ -230,52 +232,30 @@ def profile(process, toy):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-# what matters most comes first: bench/gpu_check.sh stops a part after ten minutes
-PARTS = {
-    "A": (ceilings, training),
-    "B": (dense_and_mixture, head, optimizers),
-    "C": (one_billion, choices_of_pytorch, profile, two_sequences_and_mixture),
-}
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+CHECKS = {check.__name__: check for check in (ceilings, training, head, optimizers, profile)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--only", help="some of the part's checks, such as head,optimizers")
-    parser.add_argument("--out", help="a folder (studies/results; with --only out/gpu_check)")
+    parser.add_argument("check", choices=[*CHECKS, *RACES])
+    parser.add_argument("--out", default="studies/results", help="a folder (%(default)s)")
     parser.add_argument("--toy", action="store_true", help="toy shapes, on any machine")
     args = parser.parse_args()
-    checks = PARTS[args.part]
-    if args.only:
-        known = {check.__name__: check for check in checks}
-        if unknown := [name for name in args.only.split(",") if name not in known]:
-            parser.error(f"--only names {unknown[0]!r}: choose among {','.join(known)}")
-        checks = [known[name] for name in args.only.split(",")]
     process = Process()
     process.start(load_config(["configs/quickstart.py"]))
-    folder = args.out or ("out/gpu_check" if args.only else "studies/results")
-    path = Path(folder, f"gpu_{args.part}.json")
+    path = Path(args.out, f"gpu_{args.check}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    results, failed, started = {"versions": versions(), "toy": args.toy}, 0, time.monotonic()
-    say(str(results["versions"]))
-    for check in checks:
-        name = check.__name__
-        say(f"{args.part}, {name}, after {time.monotonic() - started:.0f} s")
-        try:
-            results[name] = check(process, args.toy)
-        except Exception as error:  # GPU time is dear: the checks after this one run all the same
-            results[name] = one_line(error)
-            failed += 1
-        say(json.dumps(results[name])[:1000])
-        release(process)
-        results["seconds"] = round(time.monotonic() - started, 1)
-        write_whole(path, json.dumps(results, indent=1) + "\n", "choose another --out")
-    sys.exit(f"error: {failed} of {len(checks)} checks failed: see {path}" if failed else 0)
+    say(f"{args.check}: {versions()}")
+    started = time.monotonic()
+    if args.check in RACES:
+        found = run_race(args.check, args.toy)
+    else:
+        found = CHECKS[args.check](process, args.toy)
+    seconds = round(time.monotonic() - started, 1)
+    results = {"versions": versions(), "toy": args.toy, "seconds": seconds, args.check: found}
+    say(json.dumps(found)[:1000])
+    write_whole(path, json.dumps(results, indent=1) + "\n", "choose another --out")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_train(tmp_path):
     bench.main(["train", CONFIG, *SHAPE, "--rounds=3", f"--out={out}"])
     [race] = json.loads(out.read_text("utf-8"))["races"].values()
     table = bench.table(race).splitlines()
-    assert list(race["variants"]) == bench.NAMES == [line.split()[0] for line in table[1:-1]]
+    assert list(race["variants"]) == bench.NAMES == [line[:20].strip() for line in table[1:-1]]
     assert race["micro_steps"] == 2 and race["recompiled_in_the_rounds"] == 0
     assert race["attention"] == ["flash_attention_for_cpu"]
     for row in race["variants"].values():
@@ -124,9 +124,6 @@ def test_gpu_check_runs_without_a_gpu():
     assert subprocess.run([*command, "D"], capture_output=True).returncode == 2  # no such part
     done = subprocess.run([*command, "toy"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr  # no check has failed
-    found = {}
-    for part, checks in gpu_check.PARTS.items():
-        path = ROOT / "out" / "gpu_check" / f"gpu_{part}.json"
-        found |= json.loads(path.read_text("utf-8"))
-        assert {check.__name__ for check in checks} <= found.keys()
-    assert all(isinstance(race, dict) for race in found["choices_of_pytorch"].values())
+    for check in {*gpu_check.CHECKS, *gpu_check.RACES} - {"race_1b_cudnn"}:
+        found = json.loads((ROOT / "out/gpu_check" / f"gpu_{check}.json").read_text("utf-8"))
+        assert found[check] and found["toy"], check
