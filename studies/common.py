@@ -12,10 +12,9 @@ A study is a plain file of these names:
   yours, rule       studies/track.py: the rows yours is compared with; when it counts as better
   paper_losses      {the paper's model: its baseline's loss}, for the size of a difference
   primary           comparisons named before any run; every_window: the loss on all windows counts
-  step_times        {label: how long a step takes} and "what" that is, beside a forest
   costs             {where: time of a step over the baseline's}, for a compute multiplier net of it
   scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,
-                     "tuning_seeds": how many of the seeds tune (1), or seeds that only tune,
+                     "tuning_seeds": the seeds that tune (the first), which may only tune,
                      "tuned": the rows whose rate is tuned, by protocol "both" all,
                      "follows": {label: the label whose own rate it takes over},
                      "protocol": "paper" or "both" (see studies/machinery/plan.py),

@@ -4,8 +4,9 @@ seeds and data.
   python -m studies track configs/mine.py --jobs=2
   python -m studies track --scale_reparam=exponential --scale_placement=dual
 
-The config says what differs from the baseline; --on=unified adds unified's keys. A row's learning
-rate is tuned on as many rates as the baseline's. Keys that all rows must share are refused."""
+The config says what differs from the baseline; configs/unified.py in front adds unified's keys. A
+row's learning rate is tuned on as many rates as the baseline's. Keys that all rows must share are
+refused."""
 from studies.common import CPU, GPU, NO_DECAY, TEN_SEEDS, UNIFIED
 
 title = "Track"

@@ -6,7 +6,7 @@ From losses to what they show: differences paired by seed, their intervals, best
   p_value, holm    of the t-test that belongs to such an interval; of several tests together
   bootstrap        an interval over seeds and validation documents
   best_rate        the learning rate of least mean loss on the tuning seeds
-  own_rate         for a row of its own: the better, over all seeds, of that and the tuned rate
+  own_rate         for a row of its own: the better of that and the tuned rate
   summarize        every row against the row it is compared with, by two protocols
   fit_scaling      L = a C^-b over sizes, the compute multiplier, the pooled gain and its trend
   verdict, judge   does it agree with the paper; does an idea count as better
@@ -67,23 +67,19 @@ def half_width(found):
 
 
 def p_value(found):
-    """Two-sided, of the t-test whose 95% interval `paired` gives; None without an interval. For ν
-    degrees of freedom P(|T| < t) is a finite sum in θ = atan(t / √ν) (Abramowitz and Stegun 26.7.3
-    and 26.7.4)."""
+    """Two-sided, of the t-test whose 95% interval `paired` gives; None without an interval. With ν
+    degrees of freedom the density of θ = atan(t / √ν) is proportional to cos^(ν - 1) θ."""
     half = half_width(found)
     if not half:
         return None
     freedom = found["seeds"] - 1
-    theta = math.atan(abs(found["difference"]) / half * t_975(freedom) / math.sqrt(freedom))
-    is_odd = freedom % 2
-    term = math.cos(theta) if is_odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + is_odd, freedom - 1, 2):
-        term *= (k - 1) / k * math.cos(theta) ** 2
-        total += term
-    if is_odd:
-        return 1 - (theta + math.sin(theta) * total) * 2 / math.pi
-    return 1 - math.sin(theta) * total
+    x, weights = np.polynomial.legendre.leggauss(64)
+
+    def beyond(theta):
+        width = (math.pi / 2 - theta) / 2
+        return width * weights @ np.cos(theta + width * (1 + x)) ** (freedom - 1)
+    t = abs(found["difference"]) / half * t_975(freedom)
+    return float(beyond(math.atan(t / math.sqrt(freedom))) / beyond(0.0))
 
 
 def holm(p_values):
@@ -128,13 +124,13 @@ def best_rate(losses, study, model, row, whole=True):
     """The rate of least mean loss over the tuning seeds; None until every rate has them all. whole:
     every rate of the grid; otherwise every rate that the first row has, as tried so far. If all
     diverged, the smallest rate."""
-    seeds, row = study.tuning_seeds, study.follows.get(row, row)
+    row = study.follows.get(row, row)
 
     def means(label):
-        found = {rate: by_seed(losses, model, label, rate, study.has_short_tuning(model))
+        found = {rate: by_seed(losses, model, label, rate, bool(study.models[model].tuning))
                  for rate in study.rates_of(model, label)}
-        return {rate: statistics.mean(at[s] for s in seeds) for rate, at in found.items()
-                if at.keys() >= set(seeds)}
+        return {rate: statistics.mean(at[s] for s in study.tuning_seeds)
+                for rate, at in found.items() if at.keys() >= set(study.tuning_seeds)}
     rates = means(row)
     needed = study.rates_of(model, row) if whole else means(study.rows_of(model)[0])
     return min(rates, key=rates.get) if rates and rates.keys() >= set(needed) else None
@@ -146,45 +142,35 @@ def best_rates(losses, study, whole=True):
             for model in study.models for row in study.rows_of(model)}
 
 
-def own_rate(losses, model, row, rates):
-    """Of these rates, the one at which a row has the least mean loss over the seeds that it has at
-    all of them; None for none."""
-    found = {rate: by_seed(losses, model, row, rate) for rate in rates if rate is not None}
-    seeds = set.intersection(*map(set, found.values())) if found else ()
-    return min(found, key=lambda rate: sum(found[rate][s] for s in seeds), default=None)
-
-
-def own_of(losses, study, model, row, rates):
-    """A row's own best rate of (the tuned one, the best on the tuning seeds). Where the tuning
-    seeds do not count, they decide alone."""
-    if rates[1] is None or len(study.rates_of(model, row)) == 1:
-        return None  # one rate that was tried is nobody's best
-    if not all(map(study.counts, study.tuning_seeds)):
-        return rates[1]
-    return own_rate(losses, model, row, dict.fromkeys(rates))
+def own_rate(losses, study, model, row, best, tuned):
+    """A row's own best rate: the one that the tuning seeds chose, unless these seeds count and the
+    tuned rate has the lesser mean over the seeds that the row has at both."""
+    at_best, at_tuned = (by_seed(losses, model, row, rate) for rate in (best, tuned))
+    worse = sum(at_best[s] - at_tuned[s] for s in at_best.keys() & at_tuned.keys()) > 0
+    return tuned if worse and all(map(study.counts, study.tuning_seeds)) else best
 
 
 def summarize(study, losses):
     """{model: {"tuned_rate", "rows": {row: {"tuned", "own"}}, "comparisons": [...]}}. "tuned": at
     the rate that is best for the first row, the paper's protocol; "own": each row at its own best
-    rate (`own_rate`). A comparison has "row", "other", the paper's values and `paired` by both
-    protocols."""
+    rate (`own_rate`), if more than one was tried. A comparison has "row", "other", the paper's
+    values and `paired` by both protocols."""
     best, out = best_rates(losses, study, whole=False), {}
     losses = {cell: loss for cell, loss in losses.items() if study.counts(cell.seed)}
     for model in study.models:
         labels = study.rows_of(model)
         tuned = best[model, labels[0]]
-        rates = {"tuned": dict.fromkeys(labels, tuned),
-                 "own": {row: own_of(losses, study, model, row, (tuned, best[model, row]))
-                         for row in labels}}
+        own = {row: own_rate(losses, study, model, row, best[model, row], tuned)
+               for row in labels if len(study.rates_of(model, row)) > 1}
+        rates = {"tuned": dict.fromkeys(labels, tuned), "own": own}
         found = {(protocol, row): by_seed(losses, model, row, rate)
                  for protocol, of_row in rates.items() for row, rate in of_row.items()}
         rows = {row: {protocol: describe(found[protocol, row], rates[protocol][row])
-                      for protocol in rates if found[protocol, row]} for row in labels}
+                      for protocol in rates if found.get((protocol, row))} for row in labels}
         comparisons = [{"row": row, "other": other, "paper": paper,
                         **{protocol: paired(found[protocol, row], found[protocol, other])
-                           for protocol in rates if None not in (rates[protocol][row],
-                                                                 rates[protocol][other])}}
+                           for protocol, of_row in rates.items()
+                           if None not in (of_row.get(row), of_row.get(other))}}
                        for (row, other), paper in study.comparisons.items()
                        if {row, other} <= set(labels)]
         out[model] = {"tuned_rate": tuned, "rows": rows, "comparisons": comparisons}

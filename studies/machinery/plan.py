@@ -1,7 +1,7 @@
 """
 What a study is: a plain file of data in studies/, completed, checked, and laid out as cells.
 
-  Model, Study   what studies/common.py describes, as dataclasses that check themselves
+  Model, Study   what studies/common.py describes
   Cell           one run of a study
   load_study     a study file at one scale, with your row if it takes one
   read_idea      your row, from a config and from --key=value
@@ -10,7 +10,6 @@ First the first row's learning rate is tuned on its grid, on the tuning seeds (o
 names more). Then every row runs at that rate with every seed, the paper's protocol. By protocol
 "both" each row is tuned in the same way, and also runs at its own best rate.
 """
-import hashlib
 import itertools
 import re
 import runpy
@@ -49,14 +48,6 @@ class Model:
     tuning: dict = field(default_factory=dict)  # keys that replace the others while tuning
     more_rates: dict = field(default_factory=dict)  # {row: rates beyond the grid}
 
-    def __post_init__(self):
-        require(isinstance(self.config, str), "'config' must be the path of a config file")
-        require(all(isinstance(keys, dict) for keys in (self.keys, self.tuning)),
-                "'keys' and 'tuning' must be {key: value}")
-        rates = self.learning_rates
-        require(isinstance(rates, (tuple, list)) and rates and all(map(is_number, rates)),
-                "'learning_rates' must be one rate or more, such as (2e-3, 4e-3)")
-
 
 @dataclass
 class Study:
@@ -68,7 +59,7 @@ class Study:
     seeds: tuple
     models: dict
     comparisons: dict = field(default_factory=dict)
-    tuning_seeds: int | tuple = 1
+    tuning_seeds: tuple = ()
     tuned: tuple = ()
     follows: dict = field(default_factory=dict)  # {row: the row whose own rate it takes over}
     protocol: str = "both"
@@ -79,44 +70,27 @@ class Study:
     matrices: tuple = ()
     costs: dict = field(default_factory=dict)
     paper_losses: dict = field(default_factory=dict)
-    step_times: dict = field(default_factory=dict)  # {row: text}, beside a forest
     primary: list = field(default_factory=list)  # comparisons that were named before any run
     every_window: bool = False  # the loss on all windows counts (machinery/windows.py)
-    steps: int = 0  # --steps: every row is shortened to so many
 
     def __post_init__(self):
-        rows = self.rows
-        require(rows and all(isinstance(keys, dict) for keys in rows.values()),
-                "rows must be {label: {key: value}}, one row or more")
-        require(all(isinstance(row, str) and "," not in row for row in rows),
-                "a row's label must be a string without a comma, which --rows puts between labels")
-        require(not any({"learning_rate", "seed"} & keys.keys() for keys in rows.values()),
-                "a row sets learning_rate or seed: leave them to the models' grids and 'seeds'")
-        require(isinstance(self.seeds, (tuple, list)) and self.seeds and self.models,
-                "'seeds' and 'models' must be one or more")
-        if isinstance(self.tuning_seeds, int):
-            self.tuning_seeds = tuple(self.seeds[:self.tuning_seeds])
-        require(self.protocol in ("paper", "both") and self.tuning_seeds,
-                "'protocol' is \"paper\" or \"both\", and 'tuning_seeds' 1 or more")
-        paper = [value for values in self.comparisons.values() for value in values.values()]
-        require(all(map(is_number, paper)), "comparisons must be "
-                "{(row, other row): {model: the paper's difference}}")
-        require(self.picture in PICTURES, f"picture must be one of {', '.join(PICTURES)}")
         self.models = {name: Model(**spec) if isinstance(spec, dict) else spec
                        for name, spec in self.models.items()}
+        self.tuning_seeds = self.tuning_seeds or tuple(self.seeds[:1])
+        self.panels = self.panels or [list(self.rows)]
+        if self.protocol not in ("paper", "both") or self.picture not in PICTURES:
+            raise ValueError(f"no such protocol or picture: {self.protocol}, {self.picture}")
+        if any({"learning_rate", "seed"} & keys.keys() for keys in self.rows.values()):
+            raise ValueError("a row sets learning_rate or seed: leave them to the models' grids "
+                             "and 'seeds'")
         models = [model.rows for model in self.models.values()]
-        named = itertools.chain(*self.comparisons, *self.panels, *models, self.tuned,
-                                *self.follows.items())
-        for row in named:
-            require(row in rows, f"a comparison, panel or model names {row!r}, which is no row")
-        require(set(self.primary) <= set(self.comparisons), "'primary' must name comparisons")
-        self.panels = self.panels or [list(rows)]
+        for row in itertools.chain(*self.comparisons, *self.primary, *self.panels, *models,
+                                   self.tuned, *self.follows.items()):
+            if row not in self.rows:
+                raise ValueError(f"a comparison, panel or model names {row!r}, which is no row")
 
     def rows_of(self, model):
         return list(self.models[model].rows or self.rows)
-
-    def has_short_tuning(self, model):
-        return bool(self.models[model].tuning and not self.steps)
 
     def counts(self, seed):
         """Does a seed count in the means? Tuning seeds that are none of `seeds` do not."""
@@ -138,14 +112,14 @@ class Study:
     def keys(self, cell):
         """The keys of a cell on top of its model's config."""
         model = self.models[cell.model]
-        keys = {**model.keys, **self.rows[cell.row], **(model.tuning if cell.tuning else {})}
-        if self.steps:
-            keys |= {"max_iters": self.steps, "warmup_iters": max(1, self.steps // 25)}
+        keys = {**model.keys, **self.rows[cell.row]}
+        if cell.tuning:
+            keys |= model.tuning
         return {**keys, "learning_rate": cell.learning_rate, "seed": cell.seed}
 
     def tuning_cells(self, rows):
         """The grids of the first row and, by protocol "both", of all rows, as far as `rows` go."""
-        return [Cell(name, row, rate, seed, self.has_short_tuning(name))
+        return [Cell(name, row, rate, seed, bool(model.tuning))
                 for name, model in self.models.items()
                 for row in self.tuned_rows(name) if row in rows
                 for rate, seed in itertools.product(self.rates_of(name, row), self.tuning_seeds)]
@@ -159,9 +133,10 @@ class Study:
 
     def select_rows(self, labels):
         """These rows, those they are compared with, and the first, whose rate is everyone's."""
-        if unknown := [row for row in labels or () if row not in self.rows]:
-            raise ValueError(f"{self.name} has no row {unknown[0]!r}: choose among "
-                             f"{', '.join(self.rows)}")
+        for row in labels or ():
+            if row not in self.rows:
+                raise ValueError(f"{self.name} has no row {row!r}: choose among "
+                                 f"{', '.join(self.rows)}")
         wanted = {*(labels or self.rows), *(self.rows_of(model)[0] for model in self.models),
                   *(other for row, other in self.comparisons if row in (labels or ()))}
         return [row for row in self.rows if row in wanted]
@@ -185,86 +160,56 @@ class Study:
         return datasets
 
 
-def require(holds, message):
-    if not holds:
-        raise ValueError(f"{message}: see studies/common.py")
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def config_of(config_file, keys):
     """The TrainConfig of these keys on top of a config file. Raises ValueError if it has none."""
     return load_config([str(ROOT / config_file), *(f"--{k}={v}" for k, v in keys.items())])
 
 
-def read_study(path):
-    """The names that a study file assigns. Raises ValueError if it does not run."""
-    if not Path(path).is_file():
+def load_study(path, scale, idea=None):
+    """The Study of a file at a scale. idea: keys of the row "yours". Raises ValueError if something
+    in the file is not as studies/common.py says."""
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"study not found: {path}")
+    values = runpy.run_path(str(path))
+    if "measured_by" in values:
+        raise ValueError(f"{values['title']} is not a study of losses: run "
+                         f"`{values['measured_by']}`")
+    if scale not in values["scales"]:
+        raise ValueError(f"{path}: no such scale: choose one of {', '.join(values['scales'])}")
+    spec = dict(values["scales"][scale])
+    own = spec.pop("rows", {})  # keys that a row has at this scale only
+    known = {f.name for f in fields(Study)} - {"name", "seeds", "models"}
+    rows = {row: {**keys, **own.get(row, {})} for row, keys in values["rows"].items()}
+    values = {key: value for key, value in values.items() if key in known}
     try:
-        return runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} does not run: {reason}") from None
+        study = Study(**{**values, **spec, "rows": rows, "name": path.stem})
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}, scale {scale!r}: {error}: see studies/common.py") from None
+    if not idea:
+        return study
+    if not study.yours:
+        raise ValueError(f"{path.stem} has no row of yours for {idea}: use the study track")
+    words = re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in idea.items()).lower())
+    return replace(study, name=f"{path.stem}_{words[:100]}", panels=[],
+                   rows={**study.rows, "yours": idea},
+                   comparisons={**study.comparisons, **{("yours", row): {} for row in study.yours}})
 
 
-def load_study(path, scale, idea=None, steps=0, name=""):
-    """The Study of a file at a scale. idea: keys of the row "yours"; steps: every row is shortened
-    to so many, and no rule judges them. Raises ValueError if something in the file is not as
-    studies/common.py says."""
-    values, stem = read_study(path), Path(path).stem
-    of_scale = {"seeds", "models", "tuning_seeds", "tuned", "follows", "protocol"}
-    known = {f.name for f in fields(Study)} - {"name", "steps", *of_scale}
-    try:
-        if scale not in values["scales"]:
-            raise ValueError(f"no such scale: choose one of {', '.join(values['scales'])}")
-        spec = dict(values["scales"][scale])
-        own = spec.pop("rows", {})  # keys that a row has at this scale only
-        study = Study(**{k: v for k, v in values.items() if k in known}, **spec, name=stem)
-        require(own.keys() <= study.rows.keys(), "'rows' of a scale names a row not there")
-        study.rows = {row: {**keys, **own.get(row, {})} for row, keys in study.rows.items()}
-    except (TypeError, AttributeError, KeyError) as error:
-        reason = str(error).replace(".__init__()", "")
-        raise ValueError(f"{path}, scale {scale!r}: {reason}: see studies/common.py") from None
-    except ValueError as error:
-        raise ValueError(f"{path}, scale {scale!r}: {error}") from None
-    if idea:
-        if not study.yours:
-            raise ValueError(f"{stem} has no row of yours for {idea}: use the study track")
-        words = re.sub(r"[^a-z0-9.]+", "_", "_".join(f"{k}_{v}" for k, v in idea.items()).lower())
-        unique = hashlib.sha256(repr(idea).encode()).hexdigest()[:6]  # two ideas may begin alike
-        study = replace(
-            study, name=f"{stem}_{words[:60]}_{unique}", panels=[],
-            rows={**study.rows, "yours": idea},
-            comparisons={**study.comparisons, **{("yours", row): {} for row in study.yours}})
-    study.name = f"{stem}_{name}" if name else study.name
-    if steps and any("max_iters" in keys for keys in study.rows.values()):
-        raise ValueError(f"a row of {stem} has a length of its own, which --steps would undo")
-    return replace(study, steps=steps, name=f"{study.name}_{steps}_steps", rule={},
-                   title=f"{study.title}, shortened to {steps} steps") if steps else study
-
-
-def read_idea(configs, keys, base):
-    """{key: value} of the row "yours": `base`, then configs, then --key=value. Raises ValueError on
-    a key that all rows share."""
-    values = dict(base)
+def read_idea(configs, keys):
+    """{key: value} of the row "yours": configs, then --key=value. Raises ValueError on a key that
+    all rows share."""
+    values = {}
     for path in configs:
-        values |= check_idea(read_config_file(path), path)
+        values |= read_config_file(path)
     for text in keys:
         key, given, value = text.removeprefix("--").partition("=")
         if not text.startswith("--"):
             raise ValueError(f"{text!r}: write --key=value with a key of train.py")
         known_key(key, "the command line")
-        values |= check_idea({key: parse_value(key, value if given else "True")}, text)
+        values[key] = parse_value(key, value if given else "True")
     values.pop("out_dir", None)
-    return values
-
-
-def check_idea(values, where):
     for key in values:
         if key in SHARED_KEYS or key.startswith("eval_"):
-            hint = ", or shorten all rows with --steps" if key == "max_iters" else ""
-            raise ValueError(f"{where}: {key} must be the same for every row: leave it out{hint}")
+            raise ValueError(f"{key} must be the same for every row: leave it out")
     return values

@@ -17,44 +17,35 @@ from lib.disk import write_whole
 from studies.machinery.evidence import bootstrap, by_seed, fit_scaling, judge, summarize
 from studies.machinery.plan import Cell, config_of
 from studies.machinery.report import read_log
-from studies.machinery.runs import NUMBERS, digest, read_json
+from studies.machinery.runs import digest, read_json
 from studies.machinery.tables import table
+
+NUMBERS = ("val_loss", "steps", "tokens", "params", "scale_params")  # of summary.json
 
 
 def load_results(path):
-    """The dict of a results JSON; {} if there is none. Raises ValueError on anything else."""
+    """The dict of a study's JSON; {} if there is none. Raises ValueError on anything else."""
+    if not Path(path).is_file():
+        return {}
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         for run in results["runs"]:
             cell_of(run)
-            if not all(isinstance(run.get(key, ""), str)
-                       for key in ("state", "settings", "code", "data")):
-                raise TypeError
-            if run["state"] == "done" and not isinstance(run["val_loss"] or 0.0, float):
-                raise TypeError
-            list(run.get("curve", ()))
         return results
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} does not hold a study's results: move it away, or give another "
                          "--results") from None
 
 
 def load_records(own, with_norms=False):
-    """{digest of settings: [run, ...]} of all results JSONs in the folder of `own`, a study's JSON,
-    whose runs come first. with_norms: only runs that have the norms of matrices."""
+    """{digest of settings: [run, ...]} of all studies' JSONs in the folder of `own`, whose runs
+    come first. with_norms: only runs that have the norms of matrices."""
     records = {}
     for path in sorted(own.parent.glob("*.json"), key=lambda path: (path != own, path)):
-        try:
-            runs = load_results(path)["runs"]
-        except ValueError:
-            if '"study"' in path.read_text(encoding="utf-8", errors="replace")[:100]:
-                print(f"passed over: {path} is damaged, so its runs do not count")
-            continue  # of another tool
-        for run in runs:
-            if "norms" in run or not with_norms:
-                records.setdefault(run["settings"], []).append(run)
+        if '"study"' in path.read_text(encoding="utf-8", errors="replace")[:100]:
+            for run in load_results(path)["runs"]:
+                if "norms" in run or not with_norms:
+                    records.setdefault(run["settings"], []).append(run)
     return records
 
 
@@ -69,12 +60,14 @@ def cells_before(before, study, find):
     cells = [cell_of(record) for record in before.get("runs", ())]
     for cell, record in zip(cells, before.get("runs", ())):
         known = cell.model in study.models and cell.row in study.rows_of(cell.model)
-        if not known or record.get("settings") != digest(find(cell).settings):
-            raise ValueError(f"results/{study.name} hold a run of {cell.row!r} ({cell.model}) with "
-                             "other settings: move them away, or give another --results or --name")
-        if find(cell).data not in ("", record.get("data")):
-            raise ValueError(f"results/{study.name} hold runs on other data than this machine has "
-                             "(the standard library of another Python?): give another --results")
+        if not known or record["settings"] != digest(find(cell).settings):
+            raise ValueError(f"the results of {study.name} hold a run of {cell.row!r} "
+                             f"({cell.model}) with other settings: move them away, or give another "
+                             "--results")
+        if find(cell).data not in ("", record["data"]):
+            raise ValueError(f"the results of {study.name} hold runs on other data than this "
+                             "machine has (the standard library of another Python?): give another "
+                             "--results")
     return cells
 
 
@@ -95,24 +88,26 @@ def losses_of(study, runs):
 
 def windows_of(run):
     """What machinery/windows.py has found of a run; {} if nothing."""
-    return run.record.get("windows", {}) if run.is_recorded else \
-        read_json(run.folder / "windows.json")
+    if run.record:
+        return run.record.get("windows", {})
+    return read_json(run.folder / "windows.json")
 
 
 def record_of(cell, run, loss, study):
     """What the JSON holds of a run."""
     made_by = run.made_by()
-    record = {**{key: value for key, value in cell._asdict().items() if key != "tuning" or value},
-              "state": "done" if math.isfinite(loss) else "diverged",
+    record = {**cell._asdict(), "state": "done" if math.isfinite(loss) else "diverged",
               "settings": digest(run.settings), "data": run.data,
               **{key: made_by[key] for key in ("device", "torch") if made_by.get(key)}}
+    if not cell.tuning:
+        del record["tuning"]
     if cell.row == "yours":
         record["code"] = run.made_by_code
-    if run.is_recorded:
-        return {**{key: value for key, value in run.record.items() if key != "code"}, **record}
+    if run.record:
+        return {**run.record, **record}
     if record["state"] == "done":
         summary = run.summary()
-        record |= {"val_loss": summary["val_loss"], **{key: summary[key] for key in NUMBERS}}
+        record |= {key: summary[key] for key in NUMBERS}
         record["seconds"] = round(summary["seconds"])
         if study.every_window and windows_of(run):
             windows = windows_of(run)
@@ -120,26 +115,21 @@ def record_of(cell, run, loss, study):
     return record | curves(run.folder / "log.jsonl", study.matrices)
 
 
-def collect(study, scale, runs, planned, command, before):
-    """What the JSON of a study holds. runs {cell: Run}; planned: the cells that the study needs."""
+def collect(study, scale, runs, planned, before):
+    """What the JSON of a study holds. runs {cell: Run}; planned: the cells that the study needs;
+    before: what the JSON held."""
     losses = losses_of(study, runs)
     records = [record_of(cell, runs[cell], loss, study) for cell, loss in losses.items()]
-    made_by = [run.made_by() for cell, run in runs.items() if cell in losses]
-    sets = {name: sorted({*before.get(name, ()), *(m[key] for m in made_by if m.get(key))})
+    sets = {name: sorted({*before.get(name, ()), *(r[key] for r in records if key in r)})
             for name, key in (("devices", "device"), ("torch", "torch"))}
-    flops = {name: flops_of(study, model) for name, model in study.models.items()}
-    models = {name: {key: value for key, value in {**asdict(model), "flops": flops[name]}.items()
-                     if value not in ((), {}) or key == "keys"}
-              for name, model in study.models.items()}
+    flops = {name: flops_of(model) for name, model in study.models.items()}
+    models = {name: {**asdict(model), "flops": flops[name]} for name, model in study.models.items()}
     found = summarize(study, losses)
     by_documents(study, records, found)
-    return {"study": study.name, "title": study.title, "question": study.question, "scale": scale,
-            "command": command, **sets, "picture": study.picture, "panels": study.panels,
-            "rows": study.rows, "seeds": list(study.seeds),
-            "tuning_seeds": list(study.tuning_seeds), "steps": study.steps, "models": models,
-            "rule": study.rule, "costs": study.costs,
-            "paper_losses": study.paper_losses, "step_times": study.step_times,
-            "primary": study.primary,
+    of_study = {key: getattr(study, key) for key in (
+        "title", "question", "picture", "panels", "rows", "seeds", "tuning_seeds", "rule", "costs",
+        "paper_losses", "primary")}
+    return {"study": study.name, "scale": scale, **sets, **of_study, "models": models,
             "missing": len(set(planned) - losses.keys()), "results": found,
             "fits": fit_scaling(study, losses, flops), "runs": records}
 
@@ -159,10 +149,9 @@ def by_documents(study, records, found):
                     c["own"]["documents"] = bootstrap(*sides, tokens)
 
 
-def flops_of(study, model):
+def flops_of(model):
     """Floating-point operations of one run of a model."""
-    keys = {**model.keys, **({"max_iters": study.steps, "warmup_iters": 1} if study.steps else {})}
-    config = config_of(model.config, keys)
+    config = config_of(model.config, model.keys)
     return flops_per_token(meta_model(config)) * config.max_iters * tokens_per_step(config)
 
 
@@ -192,7 +181,6 @@ def as_text(results):
 def write_results(results, path, missing):
     """The JSON and, with matplotlib, a .png of the same name. Prints the table. missing: how many
     of the runs that were asked for are not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, as_text(results))
     shown = table({**results, "missing": missing}).replace("\\*", "*")  # as a screen has it
     print(f"\n{results['title']}: {results['question']}\n\n{shown}\n")
@@ -202,7 +190,8 @@ def write_results(results, path, missing):
             print(f"  {c['row']} against {c['other']}: {judge(results['rule'], c)}")
     try:
         from studies.machinery.pictures import draw
-        draw(results, path.with_suffix(".png"))
-        print(f"wrote {path} and {path.with_suffix('.png').name}")
     except ImportError:
         print(f"wrote {path}; the picture needs matplotlib: pip install matplotlib")
+        return
+    draw(results, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")

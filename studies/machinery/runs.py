@@ -7,11 +7,10 @@ resumed, never destroyed.
   RunFolders    the folders under out/studies/<scale> and the runs that results/*.json hold
   start, wait   runs side by side, and how each ended; stop_all ends them, saved
 
-A folder is recognized by what its config.json says, not by its name: rows that two studies share
-run once, and a run that someone continued to more steps is another run, which stays as it is.
+A folder's name ends in the hash of its settings, so that rows that two studies share run once. A
+run that someone continued with other settings is refused, and stays as it is.
 """
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -36,7 +35,6 @@ NOT_SETTINGS = {"out_dir", "resume", "checkpoint_interval", "keep_checkpoints", 
                 "sample_tokens", "sample_prompt", "dist_timeout", "tokens_per_param"}
 DEFAULTS = {key: f.default for key, f in FIELDS.items() if key not in NOT_SETTINGS}
 CODE = ("norms.py", "model.py", "optim.py", "train.py", "lib/config.py", "lib/data.py")
-NUMBERS = ("steps", "tokens", "params", "scale_params", "seconds")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 
@@ -67,31 +65,20 @@ def device_name():
     """The GPU's name, or the processor's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return re.search(r"model name\s*:\s*(.+)", cpuinfo)[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
-def gpu_for(slot, count, visible):
-    """The GPU of `count` that the slot-th run gets, as CUDA_VISIBLE_DEVICES writes it. visible: the
-    value of that variable here, such as "4,5"."""
-    gpus = [g.strip() for g in visible.split(",") if g.strip()] or list(map(str, range(count)))
-    return gpus[slot % len(gpus)]
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1] if found else platform.machine()
 
 
 def read_json(path):
-    """The dict that a JSON file holds; {} if there is none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
+    """What a JSON file holds; {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @dataclass
 class Run:
-    """One setting of train.py. record: what results/*.json hold of it, where no folder does."""
+    """One setting of train.py. record: what a results JSON holds of it, where no folder does."""
     arguments: list
     settings: dict
     folder: Path
@@ -101,46 +88,33 @@ class Run:
     @property
     def state(self):
         """"done", "diverged", "interrupted" or "missing"."""
-        if not self.is_recorded:
-            for name, state in (("summary.json", "done"), ("diverged.txt", "diverged"),
-                                ("config.json", "interrupted")):
-                if (self.folder / name).is_file():
-                    return state
-        return self.record.get("state", "missing")
-
-    @property
-    def is_recorded(self):
-        """Is the run's result only in results/*.json, with no folder that has ended?"""
-        ended = ((self.folder / name).is_file() for name in ("summary.json", "diverged.txt"))
-        return bool(self.record) and not any(ended)
-
-    @property
-    def data(self):
-        """A hash of the data that it was made on, or will be; "" where that is not known."""
-        if self.is_recorded:
-            return self.record["data"]
-        dataset = self.settings.get("dataset", DEFAULTS["dataset"])
-        return self.made_by().get("data") or data_of(dataset)
+        if self.record:
+            return self.record["state"]
+        for name, state in (("summary.json", "done"), ("diverged.txt", "diverged"),
+                            ("config.json", "interrupted")):
+            if (self.folder / name).is_file():
+                return state
+        return "missing"
 
     @property
     def has_ended(self):
         return self.state in ("done", "diverged")
 
+    @property
+    def data(self):
+        """A hash of the data that it was made on, or will be; "" where that is not known."""
+        known = self.made_by().get("data")
+        if known is None:
+            known = data_of(self.settings.get("dataset", DEFAULTS["dataset"]))
+        return known
+
     def summary(self):
-        """What a finished run ended with. Raises ValueError if it is not what train.py leaves."""
-        if self.is_recorded:
-            return self.record
-        path = self.folder / "summary.json"
-        summary = read_json(path)
-        values = [summary.get(key) for key in NUMBERS] + [summary.get("val_loss", "") or 0]
-        if not all(isinstance(value, (int, float)) for value in values):
-            raise ValueError(f"{path} is not what train.py leaves at the end of a run: "
-                             f"move {self.folder} away")
-        return summary
+        """What a finished run ended with."""
+        return self.record or read_json(self.folder / "summary.json")
 
     def made_by(self):
         """The run's command, device, versions and code, as far as they are known."""
-        return self.record if self.is_recorded else read_json(self.folder / "made_by.json")
+        return self.record or read_json(self.folder / "made_by.json")
 
 
 class RunFolders:
@@ -148,80 +122,64 @@ class RunFolders:
     JSON, ...]}: these count as done where no folder holds them."""
 
     def __init__(self, out, records=None):
-        self.out, self.records, self.folders, self.given = Path(out), records or {}, {}, {}
-        for path in sorted(self.out.glob("*/config.json")):
-            self.folders.setdefault(self.held(path.parent), []).append(path.parent)
-
-    @staticmethod
-    def held(folder):
-        """The digest of the run that a folder holds, or that was started in it and made no step;
-        None if it holds none, or one that somebody has continued with other settings."""
-        stored = read_json(folder / "config.json")
-        started = read_json(folder / "made_by.json").get("settings")
-        found = digest(settings_of(stored)) if stored else started
-        return found if started in (None, found) else None
+        self.out, self.records, self.given = Path(out), records or {}, {}
 
     def find(self, label, config_file, keys, made_by=""):
-        """The Run of these keys on top of a config file: in the folder that holds it, or in a new
-        one. made_by: a hash of code, for a row of yours: only a run that this code made counts."""
+        """The Run of these keys on top of a config file. made_by: a hash of code, for a row of
+        yours: only a run that this code made counts."""
         arguments = [config_file, *(f"--{k}={v}" for k, v in keys.items())]
         settings = settings_of(to_dict(config_of(config_file, keys)))
         key = digest(settings)
         if key not in self.given:
-            data = data_of(settings.get("dataset", DEFAULTS["dataset"]))
-            fit = [f for f in self.folders.get(key, []) if self.fits(f, made_by, data)]
-            fit.sort(key=lambda folder: (folder / "summary.json").is_file())
-            folder = fit[-1] if fit else self.free(label, keys, key, made_by, data)
-            run = Run(arguments, settings, folder, made_by_code=made_by)
-            records = [r for r in self.records.get(key, [])
-                       if data in ("", r["data"]) and made_by in ("", r.get("code"))]
-            run.record = records[0] if records else {}
+            run = Run(arguments, settings, self.folder_of(label, keys, key, made_by),
+                      made_by_code=made_by)
+            self.refuse_another_run(run, key)
+            if not run.has_ended:
+                data = data_of(settings.get("dataset", DEFAULTS["dataset"]))
+                records = [r for r in self.records.get(key, []) if data in ("", r["data"])
+                           and made_by == r.get("code", "")]
+                run.record = records[0] if records else {}
             self.given[key] = run
         return self.given[key]
 
-    @staticmethod
-    def fits(folder, made_by, data):
-        """Was a folder's run made by this code, or any for "", and on this data, if known?"""
-        stamp = read_json(folder / "made_by.json")
-        same_code = made_by in ("", stamp.get("code"))
-        return same_code and (not data or stamp.get("data") in (None, "", data))
-
-    def free(self, label, keys, key, made_by, data):
-        """A folder that nothing else has, named after label, rate, seed and settings. Another tool
-        at work here may have made it since we looked: a run of the same settings shares it."""
+    def folder_of(self, label, keys, key, made_by):
+        """The folder of these settings, whatever row it was made for, or else a new one's."""
+        end = f"-{key[:6]}" + (f"-{made_by[:6]}" if made_by else "")
         rate, seed = (keys.get(k, "") for k in ("learning_rate", "seed"))
         slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-        name = f"{slug}-lr{rate}-seed{seed}-{key[:6]}" + (f"-{made_by[:6]}" if made_by else "")
-        taken = {run.folder for run in self.given.values()}
-        for number in itertools.count(1):
-            folder = self.out / (f"{name}-{number}" if number > 1 else name)
-            same = self.held(folder) == key and self.fits(folder, made_by, data)
-            if folder not in taken and (same or not folder.exists()):
-                return folder
+        found = sorted(self.out.glob(f"*{end}"))
+        return found[0] if found else self.out / f"{slug}-lr{rate}-seed{seed}{end}"
+
+    @staticmethod
+    def refuse_another_run(run, key):
+        """Raises ValueError if the folder holds a run of other settings, or on other data."""
+        stored = read_json(run.folder / "config.json")
+        if stored and digest(settings_of(stored)) != key:
+            raise ValueError(f"{run.folder} was continued with other settings: move it away")
+        data = data_of(run.settings.get("dataset", DEFAULTS["dataset"]))
+        if stored and data and run.data != data:
+            raise ValueError(f"{run.folder} holds a run on other data than this machine has (the "
+                             "standard library of another Python?): give another --out")
 
 
-def start(run, slot, nproc_per_node=0):
+def start(run, slot):
     """Start or resume a run in a process of its own, with low priority, on a GPU of its own if
-    there is one. nproc_per_node: under torchrun, so many processes. Returns the child, which knows
-    its run, its slot, when it started, and the size of its output then."""
+    there is one. Returns the child, which knows its run, its slot, and when it started."""
     run.folder.mkdir(parents=True, exist_ok=True)
     stamp_run(run)
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    command = ["nice", "-n", "10"] if shutil.which("nice") else []
-    command.append(sys.executable)
-    if nproc_per_node:
-        command += ["-m", "torch.distributed.run", "--standalone",
-                    f"--nproc_per_node={nproc_per_node}"]
-    elif torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        environment["CUDA_VISIBLE_DEVICES"] = gpu_for(slot, torch.cuda.device_count(), visible)
-    command += ["train.py", *run.arguments, f"--out_dir={run.folder}", "--resume"]
+    if torch.cuda.is_available():
+        gpus = list(map(str, range(torch.cuda.device_count())))
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            gpus = visible.split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    command = [*(["nice", "-n", "10"] if shutil.which("nice") else []), sys.executable, "train.py",
+               *run.arguments, f"--out_dir={run.folder}", "--resume"]
     with open(run.folder / "output.txt", "ab") as output:
-        before = output.tell()
         # a session of its own: Ctrl-C reaches us, and we end it
         child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output,
                                  start_new_session=True, env=environment)
-    child.run, child.slot, child.started, child.before = run, slot, time.monotonic(), before
+    child.run, child.slot, child.started = run, slot, time.monotonic()
     return child
 
 
@@ -235,9 +193,8 @@ def wait(children):
         time.sleep(0.1)
 
 
-def outcome(run, status, before=0):
-    """("done", "stopped", "diverged" or "failed", a line about it). before: the size of output.txt
-    when the child started; what stands before is of an earlier start."""
+def outcome(run, status):
+    """("done", "stopped", "diverged" or "failed", a line about it)."""
     if status == 0 and run.state == "done":
         loss = run.summary()["val_loss"]
         return "done", "validation loss not finite" if loss is None else f"{loss:.4f}"
@@ -245,10 +202,9 @@ def outcome(run, status, before=0):
         return "stopped", "stopped by a signal, and saved"
     if status < 0:
         return "failed", f"killed by signal {-status}"
-    output = (run.folder / "output.txt").read_bytes()[before:]
-    lines = output.decode("utf-8", errors="replace").strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")] or lines
-    line = errors[-1].removeprefix("error: ") if errors else f"exit status {status}, no message"
+    # an error is the last line of all; what stands before may be of an earlier start
+    output = (run.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    line = output.strip().rpartition("\n")[2].removeprefix("error: ")
     if "not finite" in line:
         write_whole(run.folder / "diverged.txt", line + "\n")  # it is not tried again
         return "diverged", line
@@ -266,6 +222,5 @@ def stamp_run(run):
     """Write made_by.json: command, device, versions, data; of a row of yours also the code."""
     made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
                "device": device_name(), "torch": torch.__version__,
-               "python": platform.python_version(), "code": run.made_by_code, "data": run.data,
-               "settings": digest(run.settings)}
+               "python": platform.python_version(), "code": run.made_by_code, "data": run.data}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")
