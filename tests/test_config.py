@@ -10,8 +10,7 @@ import pytest
 from conftest import ROOT, UNIFIED_CONFIG, refused, run, tiny_batch
 from test_train import ONE_PROCESS
 
-from lib.config import FIELDS, load_config, meta_model, share_batch, to_dict, tokens_per_step
-from lib.count import num_params
+from lib.config import FIELDS, load_config, meta_model, share_batch, to_dict
 from optim import learning_rate, set_learning_rate
 from train import set_up
 
@@ -64,7 +63,6 @@ def test_no_configuration():
     ("n_layer = 3\nlearning_rate: 1e-5",
      "`learning_rate: 1e-05` assigns nothing: write `learning_rate = 1e-05`"),
     ("n_layer: 12\nn_head: 12\ndevice: cuda", "{} does not run: SyntaxError: `n_layer: 12` as"),
-    ("from configs.quickstart import *\nmax_iters: 5", "`max_iters: 5` assigns nothing: write "),
     ("_n_layer = 3", "{} assigns no key: a config is a Python file"),
     ("from math import *", "unknown key 'pi' in {}"),
     ("def n_layer(): return 3", "n_layer=<function n_layer"),
@@ -130,15 +128,12 @@ def test_config_json_given_back_as_keys_is_the_same_configuration():
 
 
 def test_what_the_other_keys_leave_open():
-    """A warmup beyond the run becomes a tenth of it; the schedule's end; the length of the run."""
+    """A warmup beyond the run becomes a tenth of it; the schedule's end. Its length: test_keys."""
     for steps, warmup in ((100, 100), (99, 9), (3, 1)):
         assert load_config([f"--max_iters={steps}", "--warmup_iters=100"]).warmup_iters == warmup
     for keys, min_lr in (([], 4e-3 / 20), (["--schedule=wsd"], 0), (["--min_lr=1e-5"], 1e-5),
                          (["--min_lr=0"], 0)):
         assert load_config(["--learning_rate=4e-3", *SHORT, *keys]).min_lr == min_lr
-    config = load_config(["--n_layer=2", "--n_embd=64", "--n_head=2"])
-    budget, tokens = 100 * num_params(meta_model(config)), tokens_per_step(config)  # the paper's
-    assert (config.max_iters - 1) * tokens < budget <= config.max_iters * tokens
 
 
 def test_share_batch():

@@ -31,26 +31,18 @@ def nanogpt_folder(folder, tokens):
 
 
 def test_windows_overlap_by_one_and_stay_within_a_shard(tmp_path):
-    paths = [llmc_shard(tmp_path / "a_train_0.bin", range(0, 25)),
-             llmc_shard(tmp_path / "a_train_1.bin", range(100, 109)),
+    """Of four bytes a token, for a vocabulary beyond 65,536, or of two."""
+    wide = tmp_path / "a_train_0.bin"
+    header = np.array([20260526, 1, 25, 4, *[0] * 252], "<i4")
+    wide.write_bytes(header.tobytes() + np.arange(70_000, 70_025).astype("<u4").tobytes())
+    paths = [wide, llmc_shard(tmp_path / "a_train_1.bin", range(100, 109)),
              llmc_shard(tmp_path / "a_train_2.bin", range(200, 204))]
     split = Split(paths, block_size=8)
     assert len(split) == 3 + 1 + 0 and split.tokens == 38
     x, y = split[[3, 0, 2]]
     assert x.dtype == y.dtype == np.int64
-    assert x.tolist() == [list(range(start, start + 8)) for start in (100, 0, 16)]
-    assert y.tolist() == [list(range(start, start + 8)) for start in (101, 1, 17)]
-
-
-def test_windows_of_tokens_of_four_bytes(tmp_path):
-    """A vocabulary beyond 65,536 makes uint32 shards."""
-    tokens = np.arange(7, 7 + 3000 * 50, 3000).astype("<u4")
-    header = np.array([20260526, 1, len(tokens), 4, *[0] * 252], "<i4")
-    path = tmp_path / "train_0.bin"
-    path.write_bytes(header.tobytes() + tokens.tobytes())
-    x, y = Split([path], block_size=8)[[5, 2]]
-    assert x.tolist() == [tokens[40:48].tolist(), tokens[16:24].tolist()]
-    assert y.tolist() == [tokens[41:49].tolist(), tokens[17:25].tolist()]
+    assert x.tolist() == [list(range(start, start + 8)) for start in (100, 70_000, 70_016)]
+    assert y.tolist() == [list(range(start, start + 8)) for start in (101, 70_001, 70_017)]
 
 
 def test_a_whole_shard_is_read_in_blocks(tmp_path, monkeypatch):

@@ -33,12 +33,6 @@ def scaled_linear(*args, **kwargs):
     return m
 
 
-def test_rms_norm():
-    x = random(3, 5, 8)
-    close(rms_norm(x, 1e-3), reference.norm(x, 1e-3))
-    close(rms_norm(x, 0.0), 8 ** 0.5 * x / x.norm(dim=-1, keepdim=True))  # eq. 1
-
-
 @pytest.mark.parametrize("reparam", REPARAMS)
 def test_scale_vector(reparam):
     """γ starts at 1, is its formula, and each expert's vector is its own."""
@@ -119,13 +113,17 @@ def test_scaling_rounds_the_product_only():
 
 
 def test_refusals():
-    """A γ that cannot be shared; a γ_a of fewer channels, whose heads nobody names."""
+    """A γ that cannot be shared; a map of two norms, of which the second would fold in again what
+    the first has taken; a γ_a of fewer channels, whose heads nobody names."""
     q, k, v = (ScaledLinear((5, 6), placement) for placement in ("input", "after", "dual"))
     other = ScaledLinear((5, 6), "input", reparam="original")
     for maps in ([q, k, v], [q, other]):
         with pytest.raises(ValueError, match="share a γ_b all must have one, written in"):
             PreNorm(maps)
     assert PreNorm([q, k]).scale is None and q.scale_in and not k.scale_in
+    model = torch.nn.ModuleDict({"q": q, "a": PreNorm([q]), "b": PreNorm([q])})
+    with pytest.raises(ValueError, match="^b has a map that another norm has"):
+        fold_scale_vectors(model)
     o, v = ScaledLinear((6, 8), None), ScaledLinear((4, 6), "dual_norm", norm_width=2)
     for head_dim in (None, 3):
         with pytest.raises(ValueError, match="8 inputs cannot absorb γ_a of 4 channels: give"):
@@ -145,16 +143,6 @@ def test_a_map_that_is_replaced_leaves_no_vector_behind(replaced):
     for use in (fold_scale_vectors, lambda model: weight_decay_groups(model, 0.1, "all")):
         with pytest.raises(ValueError, match=f"^{user} relies on a map that was replaced"):
             use(model)
-
-
-def test_two_norms_cannot_have_one_map():
-    """The first has taken its γ_b, and the second would fold it in again."""
-    q, k = ScaledLinear((6, 6), "input"), ScaledLinear((6, 6), "input")
-    model = torch.nn.ModuleDict({"q": q, "k": k, "a": PreNorm([q, k])})
-    fold_scale_vectors(model)
-    model["b"] = PreNorm([k])
-    with pytest.raises(ValueError, match="^b has a map that another norm has"):
-        fold_scale_vectors(model)
 
 
 def test_who_can_absorb():

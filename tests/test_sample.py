@@ -79,20 +79,16 @@ def test_a_prompt_of_another_tokenizer_is_one_line():
         stream_text(Scripted([], vocab_size=65), get_encoding("bytes"), "To be", 100)
 
 
-def test_errors(tmp_path):
-    with pytest.raises(SystemExit, match="^error: no checkpoint in"):
-        sample.main([f"--out_dir={tmp_path}"])
-    for wrong in ("--temperature=-1", "--num_samples=-2"):
-        with pytest.raises(SystemExit, match="cannot be negative"):
-            sample.main([wrong])
-
-
-def test_a_device_that_is_not_there_and_ctrl_c(undisturbed, monkeypatch, capsys):
-    for device in ("foo", "cuda:99"):
-        with pytest.raises(SystemExit, match="^error: ") as error:
-            sample.main([f"--out_dir={undisturbed[0]}", f"--device={device}"])
+def test_errors_are_one_line_and_ctrl_c_is_none(undisturbed, tmp_path, monkeypatch, capsys):
+    out = f"--out_dir={undisturbed[0]}"
+    for args, message in (([f"--out_dir={tmp_path}"], "no checkpoint in"),
+                          (["--temperature=-1"], ".*cannot be negative"),
+                          (["--num_samples=-2"], ".*cannot be negative"),
+                          ([out, "--device=foo"], ""), ([out, "--device=cuda:99"], "")):
+        with pytest.raises(SystemExit, match=f"^error: {message}") as error:
+            sample.main(args)
         assert "\n" not in str(error.value)
     monkeypatch.setattr(sample, "stream_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as end:
-        sample.main([f"--out_dir={undisturbed[0]}", "--device=cpu"])
+        sample.main([out, "--device=cpu"])
     assert end.value.code == 130 and capsys.readouterr().err == "\n"
