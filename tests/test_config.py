@@ -7,12 +7,9 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, UNIFIED_CONFIG, refused, run, tiny_batch
-from test_train import ONE_PROCESS
+from conftest import ROOT, UNIFIED_CONFIG, refused, run
 
 from lib.config import FIELDS, load_config, meta_model, share_batch, to_dict
-from optim import learning_rate, set_learning_rate
-from train import set_up
 
 SHORT = ["--max_iters=500"]  # nothing to work out
 
@@ -146,21 +143,6 @@ def test_share_batch():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[a-z]*.py")), ids=lambda p: p.stem)
-def test_every_config_trains_a_step_at_a_reduced_shape(path):
-    """The file's own variant, optimizer, decay and schedule, on a model of one narrow layer: every
-    parameter moves. As it stands, it asks for some steps of a model that can be built."""
-    whole = load_config([str(path)])
-    assert whole.max_iters > 0 and meta_model(whole)
-    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_ff=48", "--block_size=16",
-             "--vocab_size=61", "--max_iters=2000"]
-    if whole.model.n_expert:
-        small += ["--d_expert=21", "--d_shared_expert=40"]
-    config = load_config([str(path), *small])
-    run = set_up(config, ONE_PROCESS, dataset=None, log=None)
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    set_learning_rate(run.optimizer, learning_rate(config.warmup_iters, config))
-    loss = run.model(*tiny_batch(batch=16))[1]
-    (loss + run.model.auxiliary_loss()).backward()
-    run.optimizer.step()
-    assert loss.isfinite()
-    assert all((p != before[name]).any() for name, p in run.model.named_parameters())
+def test_every_config_asks_for_steps_of_a_model_that_can_be_built(path):
+    config = load_config([str(path)])
+    assert config.max_iters > 0 < config.learning_rate and meta_model(config)

@@ -171,7 +171,7 @@ def trains(*values, **context):
             expected = steps(run.first, c, runs.tokens("train", keys.get("dataset")))
             logged = [[r["loss"], r["lr"], r["grad_norm"]] for r in read_log(run.folder, "train")]
             # Muon works in bfloat16, and a product of many matrices may round otherwise than of one
-            share = 0.1 if c.optimizer == "muon" else 1e-6
+            share = 0.01 if c.optimizer == "muon" else 1e-6
             assert np.ravel(logged) == pytest.approx(np.ravel(expected), rel=share / 100), value
             for (name, p), q in zip(run.model.named_parameters(), run.first.parameters()):
                 assert (p - q).abs().max() <= share * c.learning_rate, (name, value)
@@ -257,12 +257,10 @@ def tokens_per_param(runs, key):
 
 
 def max_bad_steps(runs, key):
-    line = refused(*runs.arguments({"max_bad_steps": 2, "learning_rate": 1e30,
-                                    "warmup_iters": 0, "max_iters": 9}))
-    assert "2 steps in a row up to step 2 were not finite" in line
+    """Bad steps that are not in a row end no run. Those in a row: test_run."""
     losses, step = iter([1, math.inf, math.inf, 1, math.inf, 1]), program.training_step
     runs.monkeypatch.setattr(program, "training_step", lambda *a: (next(losses), *step(*a)[1:]))
-    runs(max_bad_steps=3, max_iters=6)  # three in all, and never in a row
+    runs(max_bad_steps=3, max_iters=6)
 
 
 def dist_timeout(runs, key):
@@ -313,7 +311,8 @@ def eval_windows(runs, key):
     windows = (len(tokens) - 1) // T
     for value in (1, 5, 10 ** 6):
         run, count = runs(eval_windows=value), min(value, windows)
-        assert (3, 16, False) in run.read and {*run.read} <= {
+        # the validation loss and the logits' scale are read without a fork's dropout
+        assert {(1, 16, False), (3, 16, False)} <= {*run.read} <= {
             (rows, 16, training) for rows in (1, 3) for training in (True, False)}
         starts = [T * (i * windows // count) for i in range(count)]
         rows = torch.stack([tokens[s:s + T + 1] for s in starts])

@@ -178,27 +178,8 @@ def test_folding_keeps_the_weights_type():
     assert torch.equal(folded.weight, m.effective_weight().bfloat16())
 
 
-def gradients(vectors):
-    """A function of all γ, and its gradient for each parameter."""
-    value = sum((i + 1) * vector().cos().sum() for i, vector in enumerate(vectors))
-    parameters = [p for vector in vectors for p in vector.parameters()]
-    return [value, *torch.autograd.grad(value, parameters)]
-
-
-def test_vectors_computed_gammas_in_batches():
-    """Values and gradients are those of each alone, for γ of two shapes, with β, with a β that is
-    constant, and without; and nothing stays after an error."""
-    for reparam in REPARAMS:
-        vectors = [ScaleVector(shape, True, True, reparam, length=length).double()
-                   for shape in ((5,), (3, 4)) for length in (True, False) for _ in range(2)]
-        for i, p in enumerate(p for vector in vectors for p in vector.parameters()):
-            p.data += random(*p.shape, seed=i)
-
-        expected = gradients(vectors)
-        with gammas_in_batches(vectors):
-            found = gradients(vectors)
-        for a, b in zip(found, expected):
-            close(a, b)
+def test_no_gamma_computed_in_a_batch_stays_after_an_error():
+    """Values and gradients: test_model and test_every_entry."""
     vector = ScaleVector((5,), True, True, "original")
     with pytest.raises(ZeroDivisionError), gammas_in_batches([vector]):
         torch.nn.init.constant_(vector.beta, 2)
@@ -285,19 +266,22 @@ def test_a_wide_product_on_cuda_is_float32(dtype):
 
 
 def test_weight_decay_groups_of_any_model():
-    """A model that is not ours: matrices decay, biases do not, scale vectors by the policy."""
+    """A model that is not ours: matrices decay, biases and numbers do not, scale vectors by the
+    policy."""
     model = torch.nn.ModuleDict({
         "embed": torch.nn.Embedding(5, 6), "norm": torch.nn.LayerNorm(6),
         "blocks": torch.nn.ModuleList([torch.nn.ModuleDict(
             {"proj": ScaledLinear((4, 6), "dual_norm", reparam="original")})]),
         "out": OutputNorm(4)})
+    model.temperature = torch.nn.Parameter(torch.ones(()))
 
     def groups(policy):
         found = weight_decay_groups(model, 0.1, policy)
         assert sum(len(group["params"]) for group in found) == len(list(model.parameters()))
         return {name: group["weight_decay"] for group in found for name, _ in group["params"]}
 
-    rest = {"embed.weight": 0.1, "norm.weight": 0.0, "norm.bias": 0.0, "blocks.0.proj.weight": 0.1}
+    rest = {"embed.weight": 0.1, "norm.weight": 0.0, "norm.bias": 0.0, "blocks.0.proj.weight": 0.1,
+            "temperature": 0.0}
     vectors = ("blocks.0.proj.scale_in.alpha", "blocks.0.proj.scale_out.alpha",
                "blocks.0.proj.scale_out.beta", "out.scale.alpha")
     assert groups("input_norm") == rest | dict.fromkeys(vectors, 0.0) | {vectors[0]: 0.1}

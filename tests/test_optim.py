@@ -1,6 +1,7 @@
 """
-Proves that every parameter is in a group, that an optimizer's state comes back by name, and that
-the schedules are their formulas. The steps of AdamW and Muon, and who decays: test_keys.
+Proves that an optimizer's state comes back by name, that what fits no group is refused, and that
+the schedules are their formulas. The steps of AdamW and Muon, who decays and at which rate:
+test_keys.
 """
 import math
 import types
@@ -8,7 +9,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import MIXTURE, UNIFIED, tiny_batch, tiny_gpt
+from conftest import UNIFIED, tiny_batch, tiny_gpt
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from norms import weight_decay_groups
@@ -21,20 +22,6 @@ def train_steps(model, optimizer, steps):
         optimizer.zero_grad()
         model(*tiny_batch())[1].backward()
         optimizer.step()
-
-
-# ---- groups --------------------------------------------------------------------------------------
-
-def test_every_parameter_is_in_one_group():
-    """Decays and rates of each: test_keys. A fork's number decays in no group."""
-    model = tiny_gpt(**UNIFIED, **MIXTURE)
-    model.temperature = torch.nn.Parameter(torch.ones(()))
-    groups = param_groups(model, 0.1, "input_norm", scale_lr=2.0)
-    found = [name for group in groups for name, _ in group["params"]]
-    assert sorted(found) == sorted(name for name, _ in model.named_parameters())
-    others, = (group for group in groups if group["name"] == "others")
-    assert others["params"] == [("temperature", model.temperature)]
-    assert (others["weight_decay"], others["lr_scale"]) == (0.0, 1.0)
 
 
 def test_refusals():

@@ -1,16 +1,16 @@
 """
 Proves theory/theorems.py in float64: each formula against autograd at random points of a curved
-loss, and on the real GPT; each theorem along the gradient flows of many random teachers, with a
-counterexample where its conditions are not met; the stochastic one by simulation, against exact
-identities of its proof.
+loss (on the real GPT: tests/answers/test_1_no_gamma_on_q.py); each theorem along the gradient flows
+of many random teachers, with a counterexample where its conditions are not met; the stochastic one
+by simulation, against exact identities of its proof.
 """
 import re
 
 import pytest
 import torch
-from conftest import ROOT, randomize_scales, tiny_batch, tiny_gpt
+from conftest import ROOT
 
-from norms import exponential_reparam, fold_scale_vectors, original_reparam, scale_weight
+from norms import exponential_reparam, original_reparam, scale_weight
 from theory import figures as theory_figures
 from theory import theorems as theory
 from theory.figures import student_flow
@@ -131,37 +131,6 @@ def test_table_1_as_preconditioners(row):
         close(theory.descent_rate_heterogeneous(W, v, G), rate)
 
 
-@pytest.mark.parametrize("keys", [
-    {},
-    {"scale_heterogeneous": True, "scale_placement": "dual"},
-], ids=str)
-def test_the_gpts_query_weight_moves_as_stated(keys):
-    """One small SGD step on the whole model. G comes from the folded model, where W̃ is the
-    parameter itself."""
-    model = randomize_scales(tiny_gpt(torch.float64, **keys))
-    idx, targets = tiny_batch()
-    folded = fold_scale_vectors(model)
-    folded(idx, targets)[1].backward()
-    attn, q = model.layers[0].attn, model.layers[0].attn.q
-    grads = {b: getattr(folded.layers[0].attn, b).weight.grad for b in "qkv"}
-    gamma_b = q.scale_in or attn.norm.scale  # its own, or the one that k and v read too
-    W, v, G = q.weight.detach().clone(), gamma_b().detach().clone(), grads["q"]
-    if "scale_placement" in keys:
-        expected = theory.effective_velocity_dual(W, q.scale_out().detach().clone(), v, G)
-    else:  # a shared γ also moves by the others' <w_j^b, G_j^b>
-        others = sum((getattr(attn, b).weight.detach() * grads[b]).sum(0) for b in "kv")
-        expected = theory.effective_velocity(W, v, G) - W * others
-
-    def effective_weight():
-        return q.effective_weight().detach() * (gamma_b().detach() if attn.norm.scale else 1)
-
-    before, lr = effective_weight(), 1e-6
-    model(idx, targets)[1].backward()
-    torch.optim.SGD(model.parameters(), lr=lr).step()
-    found = (effective_weight() - before) / lr
-    assert (found - expected).norm() < 1e-5 * expected.norm() and expected.norm() > 1e-3
-
-
 # ---- the theorems, along integrated flows; leading dimension: independent teachers ---------------
 
 def with_lengths(W, largest):
@@ -267,8 +236,8 @@ def test_hessian_of_the_coordinate_loss():
 
 
 def test_what_sharpness_does_to_sgds_descent():
-    """Appendix C.2.2 on ½xᵀHx: the mean over every noise of a finite set is exact, each noise term
-    is Tr(H C) or bounds it, and the descent lemma holds."""
+    """Appendix C.2.2 on ½xᵀHx: the mean over every noise of a finite set is exact, and each noise
+    term is Tr(H C) or bounds it."""
     n, lr, sigma2 = 5, 0.03, 0.7
     A, half, x = draw((n, n), (n, n), (n,), seed=1)
     H, C = A @ A.T, half.T @ half
@@ -278,7 +247,6 @@ def test_what_sharpness_does_to_sgds_descent():
     close(change, theory.sgd_descent(H @ x, H, C, lr))
 
     quiet = theory.sgd_descent(H @ x, H, 0 * C, lr)
-    assert quiet <= -lr * (1 - lr * torch.linalg.eigvalsh(H)[-1] / 2) * (H @ x).square().sum()
     for kind, covariance in (("isotropic", sigma2 * torch.eye(n)), ("aligned", sigma2 * H)):
         price = theory.sgd_descent(H @ x, H, covariance, lr) - quiet
         close(price, lr ** 2 / 2 * theory.NOISE_TERMS[kind](H, sigma2))
@@ -366,17 +334,15 @@ def test_what_flow_conserves_under_decay():
 
 
 def test_an_output_norm_under_decay():
-    """Where gradient flow rests; after an Input-Norm, with a weight, it reaches the target although
-    γ decays. Below 1/λ decay costs AdamW next to nothing, above it γ stays at 1/λ."""
+    """Where gradient flow rests. Below 1/λ decay costs AdamW next to nothing, above it γ stays at
+    1/λ."""
     one, target, curvature = torch.ones(3), torch.tensor([0.5, 2, -1.0]), torch.tensor([1, 3, 0.7])
 
-    def loss(gamma, w=one):
-        return 0.5 * (curvature * (gamma * w - target).square()).sum()
+    def loss(gamma):
+        return 0.5 * (curvature * (gamma - target).square()).sum()
     gamma, excess = theory.output_norm_under_decay(target, curvature, 0.4)
     [rest] = gradient_flow(loss, [one], 40.0, 200, [0.4])[-1][1]
     close(torch.stack((*gamma, excess)), torch.stack((*rest, loss(rest))))
-    both = gradient_flow(loss, [one, one], 30.0, 600, [0.4, 0.0])[-1][1]
-    assert loss(*both) < 0.05 * excess
 
     target = torch.tensor([3.0, -5.0, 0.5])
     for decay, limit in ((0.1, target), (0.5, torch.tensor([2.0, -2.0, 0.5]))):
