@@ -16,16 +16,7 @@ Beside it stands an interval from a bootstrap over seeds and validation files. A
 exploratory. A comparison that has fewer than ten seeds by the time it is told is told with the
 seeds it has, and is not called primary until it has all of them."""
 from studies.common import (
-    CPU_MODEL,
-    DNP,
-    DP,
-    HG,
-    IWD,
-    LONG,
-    NO_DECAY,
-    OR,
-    UNIFIED,
-)
+    CPU_MODEL, DNP, DP, HG, IWD, LONG, NO_DECAY, OR, UNIFIED)
 
 ON_MAPS = {"scale_placement_on": "q,k,v,gate,up"}  # not on the head
 QK_NORM = {**NO_DECAY, "qk_norm": True}

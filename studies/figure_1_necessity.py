@@ -1,16 +1,7 @@
 """The paper's figure 1: Llama-0.12B with and without scale vectors, and without them for longer,
 until the losses meet."""
 from studies.common import (
-    CPU_MODEL,
-    GPU,
-    LONG,
-    NO_DECAY,
-    NONE,
-    PAPER,
-    PAPER_LOSSES,
-    SEEDS,
-    TEN_SEEDS,
-)
+    CPU_MODEL, GPU, LONG, NO_DECAY, NONE, PAPER, PAPER_LOSSES, SEEDS, TEN_SEEDS)
 
 SHORT = ("baseline", "no scale vectors", "baseline without decay on γ")
 

@@ -1,20 +1,7 @@
 """The paper's figure 5: from the baseline to the unified strategy, one step at a time. Its four
 panels: HG, then a placement, then a reparameterization, then decay by role."""
 from studies.common import (
-    AP,
-    CPU,
-    DNP,
-    DP,
-    ER,
-    GPU,
-    HG,
-    IWD,
-    NO_DECAY,
-    OR,
-    PAPER,
-    PAPER_LOSSES,
-    TEN_SEEDS,
-)
+    AP, CPU, DNP, DP, ER, GPU, HG, IWD, NO_DECAY, OR, PAPER, PAPER_LOSSES, TEN_SEEDS)
 
 title = "Figure 5, step by step"
 question = "what does each part of the unified strategy add?"

@@ -21,7 +21,6 @@ from lib.config import known_key, load_config, parse_value, read_config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "studies" / "results"
-PICTURES = ("relative loss", "learning rates", "scaling", "matrix norms", "forest")
 # all rows of a study share these and eval_*: a row may differ from the others in its strategy only
 SHARED_KEYS = {"dataset", "vocab_size", "block_size", "batch_size", "gradient_accumulation_steps",
                "max_iters", "tokens_per_param", "seed", "learning_rate", "min_lr", "warmup_iters",
@@ -78,8 +77,8 @@ class Study:
                        for name, spec in self.models.items()}
         self.tuning_seeds = self.tuning_seeds or tuple(self.seeds[:1])
         self.panels = self.panels or [list(self.rows)]
-        if self.protocol not in ("paper", "both") or self.picture not in PICTURES:
-            raise ValueError(f"no such protocol or picture: {self.protocol}, {self.picture}")
+        if self.protocol not in ("paper", "both"):
+            raise ValueError(f"no such protocol: {self.protocol}")
         if any({"learning_rate", "seed"} & keys.keys() for keys in self.rows.values()):
             raise ValueError("a row sets learning_rate or seed: leave them to the models' grids "
                              "and 'seeds'")
@@ -142,9 +141,9 @@ class Study:
         return [row for row in self.rows if row in wanted]
 
     def check_rows(self):
-        """The datasets of all rows. Raises ValueError if train.py would refuse a row: before any
-        run, though that row may come hours later."""
-        datasets, known = set(), {}
+        """Raises ValueError if train.py would refuse a row: before any run, though that row may
+        come hours later. Or if two rows are one run."""
+        known = {}
         for name, model in self.models.items():
             for row, rate in itertools.product(self.rows_of(name), model.learning_rates):
                 keys = self.keys(Cell(name, row, rate, self.seeds[0]))
@@ -152,12 +151,10 @@ class Study:
                     config = config_of(model.config, keys)
                 except ValueError as error:
                     raise ValueError(f"row {row!r}: {error}") from None
-                datasets.add(config.dataset)
                 same = known.setdefault((name, repr(config)), row)
                 if same != row:
                     raise ValueError(f"row {row!r} is the same run as {same!r}: its keys change "
                                      "nothing")
-        return datasets
 
 
 def config_of(config_file, keys):

@@ -3,7 +3,7 @@ What a study leaves: one JSON of summaries and evaluation curves, small enough t
 picture beside it.
 
   load_records     the runs that the results JSONs of a folder hold; they count as done
-  collect          the contents of a study's JSON, from runs and from what the JSON held before
+  collect          the contents of a study's JSON
   write_results    both files, and the table on the screen
 """
 import json
@@ -24,9 +24,9 @@ NUMBERS = ("val_loss", "steps", "tokens", "params", "scale_params")  # of summar
 
 
 def load_results(path):
-    """The dict of a study's JSON; {} if there is none. Raises ValueError on anything else."""
+    """The dict of a study's JSON, or of one without runs. Raises ValueError on anything else."""
     if not Path(path).is_file():
-        return {}
+        return {"runs": []}
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         for run in results["runs"]:
@@ -54,11 +54,12 @@ def cell_of(record):
                 record.get("tuning", False))
 
 
-def cells_before(before, study, find):
+def cells_before(path, study, find):
     """The cells of a study's earlier JSON. Raises ValueError if one is no run of the study as it is
     now, so that nothing is lost or mixed. find: cell -> Run."""
-    cells = [cell_of(record) for record in before.get("runs", ())]
-    for cell, record in zip(cells, before.get("runs", ())):
+    records = load_results(path)["runs"]
+    cells = [cell_of(record) for record in records]
+    for cell, record in zip(cells, records):
         known = cell.model in study.models and cell.row in study.rows_of(cell.model)
         if not known or record["settings"] != digest(find(cell).settings):
             raise ValueError(f"the results of {study.name} hold a run of {cell.row!r} "
@@ -115,13 +116,10 @@ def record_of(cell, run, loss, study):
     return record | curves(run.folder / "log.jsonl", study.matrices)
 
 
-def collect(study, scale, runs, planned, before):
-    """What the JSON of a study holds. runs {cell: Run}; planned: the cells that the study needs;
-    before: what the JSON held."""
+def collect(study, scale, runs, planned):
+    """What the JSON of a study holds. runs {cell: Run}; planned: the cells that the study needs."""
     losses = losses_of(study, runs)
     records = [record_of(cell, runs[cell], loss, study) for cell, loss in losses.items()]
-    sets = {name: sorted({*before.get(name, ()), *(r[key] for r in records if key in r)})
-            for name, key in (("devices", "device"), ("torch", "torch"))}
     flops = {name: flops_of(model) for name, model in study.models.items()}
     models = {name: {**asdict(model), "flops": flops[name]} for name, model in study.models.items()}
     found = summarize(study, losses)
@@ -129,7 +127,7 @@ def collect(study, scale, runs, planned, before):
     of_study = {key: getattr(study, key) for key in (
         "title", "question", "picture", "panels", "rows", "seeds", "tuning_seeds", "rule", "costs",
         "paper_losses", "primary")}
-    return {"study": study.name, "scale": scale, **sets, **of_study, "models": models,
+    return {"study": study.name, "scale": scale, **of_study, "models": models,
             "missing": len(set(planned) - losses.keys()), "results": found,
             "fits": fit_scaling(study, losses, flops), "runs": records}
 
@@ -178,11 +176,11 @@ def as_text(results):
     return f'{text},\n "runs": [\n{runs}\n]\n}}\n'
 
 
-def write_results(results, path, missing):
-    """The JSON and, with matplotlib, a .png of the same name. Prints the table. missing: how many
-    of the runs that were asked for are not there."""
+def write_results(results, path):
+    """The JSON and, with matplotlib, a .png of the same name. Prints the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, as_text(results))
-    shown = table({**results, "missing": missing}).replace("\\*", "*")  # as a screen has it
+    shown = table(results).replace("\\*", "*")  # as a screen has it
     print(f"\n{results['title']}: {results['question']}\n\n{shown}\n")
     for found in results["results"].values() if results["rule"] else ():
         print(f"the rule: {results['rule']['says']}")

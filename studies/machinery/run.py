@@ -45,10 +45,11 @@ def duration(seconds):
 class Work:
     """One study under way: its cells, the Run of each, and the losses that they have found."""
 
-    def __init__(self, study, folders, args, before):
-        self.study, self.folders = study, folders
+    def __init__(self, study, path, args):
+        self.study, records = study, results.load_records(path, bool(study.matrices))
+        self.folders = RunFolders(args.out, records)
         self.rows, self.seeds = study.select_rows(args.rows), args.seeds or study.seeds
-        self.earlier = results.cells_before(before, study, self.find)
+        self.earlier = results.cells_before(path, study, self.find)
 
     def find(self, cell):
         """The Run of a cell. Of a row of yours only runs by today's code count."""
@@ -100,22 +101,11 @@ def run_phase(runs, total, args, children):
     return failed
 
 
-def find_data(datasets):
-    """Make the built-in dataset if it is missing, once, before runs side by side want it. Raises
-    ValueError if another one is missing."""
-    for dataset in datasets - {BUILTIN}:
-        if not (ROOT / Path(dataset).expanduser()).is_dir():
-            raise ValueError(f"no dataset at {dataset}: make it with prepare_data.py, or give "
-                             "another --dataset")
-    if BUILTIN in datasets and not (ROOT / BUILTIN).exists():
-        prepare_builtin(ROOT / BUILTIN)
-
-
 def announce(work, args):
     """Say how many runs there are to make, for how long, and on how many cores."""
     todo = work.missing()
-    known = results.load_results(RESULTS / f"{work.study.name}_{args.scale}.json").get("runs", ())
-    seconds = [run["seconds"] for run in known if "seconds" in run]
+    known = results.load_results(RESULTS / f"{work.study.name}_{args.scale}.json")
+    seconds = [run["seconds"] for run in known["runs"] if "seconds" in run]
     print(f"{work.study.name}, scale {args.scale}: {todo} runs to make, or more, {args.jobs} at a "
           f"time on {os.cpu_count()} cores")
     if seconds and todo:
@@ -215,31 +205,23 @@ def run_study(args):
     name = args.files[0]
     file = Path(name).absolute() if name.endswith(".py") else ROOT / "studies" / f"{name}.py"
     study = load_study(file, args.scale, read_idea(args.files[1:], args.keys))
-    datasets = study.check_rows()
+    study.check_rows()
     path = args.results / f"{study.name}_{args.scale}.json"
-
-    def look():
-        """The study as it stands now, and what its JSON holds."""
-        before = results.load_results(path)
-        folders = RunFolders(args.out, results.load_records(path, bool(study.matrices)))
-        return Work(study, folders, args, before), before
+    work, failed = Work(study, path, args), []
     if args.print:
-        show(look()[0])
+        show(work)
         return True
-    failed, work = [], look()[0]
     if not args.evaluate:
-        find_data(datasets)  # runs in results count for equal data only
-        failed = run_missing(look()[0], args)
-    work, before = look()  # again: the same study may have ended elsewhere with other seeds
+        if not (ROOT / BUILTIN).exists():  # once, before runs side by side want it
+            prepare_builtin(ROOT / BUILTIN)
+            work = Work(study, path, args)  # runs in results count for equal data only
+        failed = run_missing(work, args)
+        work = Work(study, path, args)  # the same study may have ended elsewhere with other seeds
     planned = work.cells(study.rows, dict.fromkeys((*study.seeds, *work.seeds)))
     runs = work.find_all([*planned, *work.earlier])
     if study.every_window:
         windows.main([run.folder for run in runs.values() if run.state == "done"])
-    found = results.collect(study, args.scale, runs, planned, before)
-    asked = work.cells(work.rows, work.seeds)
-    missing = sum(not work.find(cell).has_ended for cell in asked)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results.write_results(found, path, missing)
+    results.write_results(results.collect(study, args.scale, runs, planned), path)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return not failed

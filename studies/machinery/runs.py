@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -113,7 +112,7 @@ class Run:
         return self.record or read_json(self.folder / "summary.json")
 
     def made_by(self):
-        """The run's command, device, versions and code, as far as they are known."""
+        """The run's device, version, code and data, as far as they are known."""
         return self.record or read_json(self.folder / "made_by.json")
 
 
@@ -219,8 +218,7 @@ def stop_all(children):
 
 
 def stamp_run(run):
-    """Write made_by.json: command, device, versions, data; of a row of yours also the code."""
-    made_by = {"command": shlex.join(["python", "train.py", *run.arguments]),
-               "device": device_name(), "torch": torch.__version__,
-               "python": platform.python_version(), "code": run.made_by_code, "data": run.data}
+    """Write made_by.json: device, version, data; of a row of yours also the code."""
+    made_by = {"device": device_name(), "torch": torch.__version__, "code": run.made_by_code,
+               "data": run.data}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

@@ -306,7 +306,7 @@ def test_how_a_run_ended(tmp_path):
     run = RunFolders(tmp_path).find("a", CONFIG, study.keys(cell))
     write_run(run.folder, run.arguments, val_loss=None)
     assert outcome(run, 0) == ("done", "validation loss not finite")
-    results = collect(study, "cpu", {cell: run}, [], {})
+    results = collect(study, "cpu", {cell: run}, [])
     [record] = results["runs"]
     assert record["state"] == "diverged" and "val_loss" not in record
     assert results["results"]["m"]["rows"]["a"]["tuned"] == {
@@ -373,7 +373,7 @@ def test_all_windows_count_on_seeds_that_count(tmp_path):
         record = {"state": "done", "val_loss": 5.0 - (rate == 2e-3), "data": "", "curve": [],
                   "windows": of_windows}
         runs[Cell("m", row, rate, seed)] = Run([], {}, tmp_path, record)
-    found = collect(study, "cpu", runs, list(runs), {})["results"]["m"]
+    found = collect(study, "cpu", runs, list(runs))["results"]["m"]
     assert found["tuned_rate"] == 2e-3 and found["rows"]["b"]["own"]["loss"] == 4.0
     primary, other = found["comparisons"]
     assert primary["own"]["difference"] == 3.0 and other["own"]["difference"] == -3.0
@@ -429,7 +429,7 @@ scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
     said += capsys.readouterr().out  # the wild run may have ended before Ctrl-C
     assert "resumes  unified" in said and "diverged: 10 steps in a row" in said
     results = json.loads((tmp_path / "results" / "mine_cpu.json").read_text(encoding="utf-8"))
-    assert results["missing"] == 0 and results["devices"]
+    assert results["missing"] == 0 and all(run["device"] for run in results["runs"])
     baseline, unified, wild = results["runs"]
     assert [tokens for tokens, _ in unified["curve"]] == [0, 6400, 12800]
     difference = tables.signed(unified["val_loss"] - baseline["val_loss"])
@@ -497,11 +497,10 @@ def test_printed_lines_are_the_runs(tmp_path, capsys):
     ("scales['cpu']['seeds'] = 3", "not subscriptable: see studies/common.py"),
     ("del scales['cpu']['seeds']", "'seeds'"),
     ("panels = [['x']]", "names 'x'"),
-    ("picture = 'x'", "no such protocol or picture"),
+    ("scales['cpu']['protocol'] = 'x'", "no such protocol"),
     ("rows['unified'] = {'seed': 3}", "a row sets learning_rate or seed"),
     ("rows['unified'] = {'scale_vectors': True}", "row 'unified' is the same run as 'baseline'"),
     ("rows['unified'] = {'min_lr': 5e-3}", "row 'unified': min_lr=0.005"),
-    ("rows['unified'] = {'dataset': 'data/nope'}", "no dataset at data/nope"),
     # commands
     (["nothing"], "study not found"),
     (["table_3_overhead"], "run `python -m bench.benchmark"),
@@ -613,7 +612,7 @@ def test_docs_are_filled(tmp_path):
         "seconds": 1, "val_loss": loss, "state": "done", "code": "", "data": ""})
         for cell, loss in losses.items()}
     path = tmp_path / "studies" / "results" / "s_cpu.json"
-    own = as_text(collect(study, "cpu", runs, list(runs), {}))
+    own = as_text(collect(study, "cpu", runs, list(runs)))
     files = {path: own, path.with_name("a.json"): own.replace('"data":""', '"data":"theirs"'),
              path.with_name("bench.json"): '{"races": {}}',  # of another tool
              tmp_path / "README.md": "a <!-- primary --><!-- end --> b",
