@@ -19,9 +19,6 @@ from lib.disk import write_whole
 COLUMNS, WIDTH, DPI = 4, 10, 100  # inches
 WINDOW = 50  # steps of the running mean of training losses
 COLORS = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")  # of a run: maps of shades
-# what is read of each event
-LOGGED = {"train": ("step", "loss"), "eval": ("step", "tokens", "val_loss"),
-          "scale": ("step", "name", "mean", "std"), "matrix": ("step", "name", "norm")}
 # event, key, what the axis says, what the panels show and what to look for
 SECTIONS = (
     ("scale", "mean", "γ",
@@ -49,8 +46,7 @@ def read_log(path):
     for line in text.splitlines():
         try:
             record = json.loads(line)
-            if all(key in record for key in LOGGED[record["event"]]):
-                events.setdefault(record["event"], []).append(record)
+            events.setdefault(record["event"], []).append(record)
         except (ValueError, KeyError, TypeError):
             continue
     return events
@@ -62,7 +58,7 @@ def log_of(run):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {run} is no run folder of train.py")
     events = read_log(path)
-    if not events.get("train"):
+    if not points(events, "train", "loss"):
         raise ValueError(f"{path} has no training step yet")
     return events
 

@@ -103,7 +103,7 @@ def record_of(cell, run, loss, study):
     if not cell.tuning:
         del record["tuning"]
     if cell.row == "yours":
-        record["code"] = run.made_by_code
+        record["code"] = run.code
     if run.record:
         return {**run.record, **record}
     if record["state"] == "done":

@@ -16,7 +16,6 @@ one that was interrupted is resumed; Ctrl-C ends the runs after they have saved.
 """
 import argparse
 import os
-import re
 import shlex
 import signal
 import statistics
@@ -30,7 +29,7 @@ from prepare_data import prepare_builtin
 from studies.machinery import results, windows
 from studies.machinery.evidence import best_rates
 from studies.machinery.plan import RESULTS, ROOT, load_study, read_idea
-from studies.machinery.runs import RunFolders, code, outcome, start, stop_all, wait
+from studies.machinery.runs import code_now, find_run, outcome, start, stop_all, wait
 from studies.machinery.tables import fill
 
 OUT = ROOT / "out" / "studies"
@@ -46,16 +45,19 @@ class Work:
     """One study under way: its cells, the Run of each, and the losses that they have found."""
 
     def __init__(self, study, path, args):
-        self.study, records = study, results.load_records(path, bool(study.matrices))
-        self.folders = RunFolders(args.out, records)
+        self.study, self.out, self.known = study, args.out, {}
+        self.records = results.load_records(path, bool(study.matrices))
         self.rows, self.seeds = study.select_rows(args.rows), args.seeds or study.seeds
         self.earlier = results.cells_before(path, study, self.find)
 
     def find(self, cell):
         """The Run of a cell. Of a row of yours only runs by today's code count."""
-        label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
-        return self.folders.find(label, self.study.models[cell.model].config,
-                                 self.study.keys(cell), code() if cell.row == "yours" else "")
+        if cell not in self.known:
+            label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
+            code = code_now() if cell.row == "yours" else ""
+            self.known[cell] = find_run(self.out, self.records, label, self.study.models[
+                cell.model].config, self.study.keys(cell), code)
+        return self.known[cell]
 
     def find_all(self, cells):
         return {cell: self.find(cell) for cell in cells}
@@ -78,11 +80,10 @@ class Work:
         return sum(not run.has_ended for run in found.values()) + len(set(unknown) - known)
 
 
-def run_phase(runs, total, args, children):
-    """Make those of the runs that have not ended. total: how many are to be made in all, at least.
-    Returns the lines of runs that failed."""
+def run_phase(runs, args, children):
+    """Make those of the runs that have not ended. Returns the lines of runs that failed."""
     todo, failed = [run for run in runs if not run.has_ended], []
-    begun, made = time.monotonic(), 0
+    begun, made, total = time.monotonic(), 0, len(todo)
     while todo or children:
         while todo and len(children) < args.jobs:
             run = todo.pop(0)
@@ -112,7 +113,7 @@ def announce(work, args):
         each = statistics.median(seconds)
         print(f"ours took {duration(each)} each (median; busy machines and GPUs among them), so "
               f"about {duration(todo * each / args.jobs)}")
-    print(f"runs go to {work.folders.out}, results to {args.results}", flush=True)
+    print(f"runs go to {work.out}, results to {args.results}", flush=True)
 
 
 def run_missing(work, args):
@@ -122,10 +123,9 @@ def run_missing(work, args):
     announce(work, args)
     try:
         tuning = work.find_all(work.study.tuning_cells(work.rows)).values()
-        failed = run_phase(tuning, work.missing(), args, children)
+        failed = run_phase(tuning, args, children)
         cells = work.find_all(work.cells(work.rows, work.seeds, whole=True)).values()
-        todo = [run for run in cells if run not in tuning]
-        return failed + run_phase(todo, sum(not run.has_ended for run in todo), args, children)
+        return failed + run_phase([run for run in cells if run not in tuning], args, children)
     except BaseException:
         print(f"stopped: {stop_all(children)} runs saved; the same command resumes them",
               file=sys.stderr)
@@ -159,9 +159,6 @@ def write_docs(root=ROOT):
 
 def whole_numbers(text):
     """(1, 2) of "1,2"."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of whole numbers: write them as in 1,2,3")
     return tuple(map(int, text.split(",")))
 
 

@@ -3,8 +3,7 @@ Runs as processes of their own: one folder each, found again by its settings, in
 resumed, never destroyed.
 
   settings_of   what of a configuration decides what a run finds; digest is its hash
-  Run           one setting of train.py, and the folder that holds it or will
-  RunFolders    the folders under out/studies/<scale> and the runs that results/*.json hold
+  Run           one setting of train.py, and the folder that holds it or will; find_run
   start, wait   runs side by side, and how each ended; stop_all ends them, saved
 
 A folder's name ends in the hash of its settings, so that rows that two studies share run once. A
@@ -48,7 +47,7 @@ def digest(settings):
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def code():
+def code_now():
     """A hash of the files that decide what a row of yours is: after a change in them its runs are
     made anew."""
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in CODE)).hexdigest()[:12]
@@ -82,7 +81,8 @@ class Run:
     settings: dict
     folder: Path
     record: dict = field(default_factory=dict)
-    made_by_code: str = ""  # a hash of code, of a row of yours
+    data: str = ""  # a hash of the data that it was made on, or will be
+    code: str = ""  # a hash of the code that made it, or will, of a row of yours
 
     @property
     def state(self):
@@ -99,14 +99,6 @@ class Run:
     def has_ended(self):
         return self.state in ("done", "diverged")
 
-    @property
-    def data(self):
-        """A hash of the data that it was made on, or will be; "" where that is not known."""
-        known = self.made_by().get("data")
-        if known is None:
-            known = data_of(self.settings.get("dataset", DEFAULTS["dataset"]))
-        return known
-
     def summary(self):
         """What a finished run ended with."""
         return self.record or read_json(self.folder / "summary.json")
@@ -116,49 +108,34 @@ class Run:
         return self.record or read_json(self.folder / "made_by.json")
 
 
-class RunFolders:
-    """The runs under one folder, by their settings. records {digest of settings: [run of a results
-    JSON, ...]}: these count as done where no folder holds them."""
+def find_run(out, records, label, config_file, keys, code=""):
+    """The Run of these keys on top of a config file: in the folder under `out` whose name ends in
+    the hash of its settings, whatever row it was made for, or in a new one; if none has ended, one
+    of `records`, {digest of settings: [run of a results JSON, ...]}, on equal data. code: a hash,
+    for a row of yours: only a run that this code made counts. Raises ValueError if the folder
+    holds a run of other settings, or on other data."""
+    arguments = [config_file, *(f"--{k}={v}" for k, v in keys.items())]
+    settings = settings_of(to_dict(config_of(config_file, keys)))
+    key, data = digest(settings), data_of(settings.get("dataset", DEFAULTS["dataset"]))
 
-    def __init__(self, out, records=None):
-        self.out, self.records, self.given = Path(out), records or {}, {}
+    end = f"-{key[:6]}-{code[:6]}".removesuffix("-")
+    slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+    name = f"{slug}-lr{keys.get('learning_rate', '')}-seed{keys.get('seed', '')}{end}"
+    folder = min(Path(out).glob(f"*{end}"), default=Path(out) / name)
+    run = Run(arguments, settings, folder, data=data, code=code)
 
-    def find(self, label, config_file, keys, made_by=""):
-        """The Run of these keys on top of a config file. made_by: a hash of code, for a row of
-        yours: only a run that this code made counts."""
-        arguments = [config_file, *(f"--{k}={v}" for k, v in keys.items())]
-        settings = settings_of(to_dict(config_of(config_file, keys)))
-        key = digest(settings)
-        if key not in self.given:
-            run = Run(arguments, settings, self.folder_of(label, keys, key, made_by),
-                      made_by_code=made_by)
-            self.refuse_another_run(run, key)
-            if not run.has_ended:
-                data = data_of(settings.get("dataset", DEFAULTS["dataset"]))
-                records = [r for r in self.records.get(key, []) if data in ("", r["data"])
-                           and made_by == r.get("code", "")]
-                run.record = records[0] if records else {}
-            self.given[key] = run
-        return self.given[key]
-
-    def folder_of(self, label, keys, key, made_by):
-        """The folder of these settings, whatever row it was made for, or else a new one's."""
-        end = f"-{key[:6]}" + (f"-{made_by[:6]}" if made_by else "")
-        rate, seed = (keys.get(k, "") for k in ("learning_rate", "seed"))
-        slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-        found = sorted(self.out.glob(f"*{end}"))
-        return found[0] if found else self.out / f"{slug}-lr{rate}-seed{seed}{end}"
-
-    @staticmethod
-    def refuse_another_run(run, key):
-        """Raises ValueError if the folder holds a run of other settings, or on other data."""
-        stored = read_json(run.folder / "config.json")
-        if stored and digest(settings_of(stored)) != key:
-            raise ValueError(f"{run.folder} was continued with other settings: move it away")
-        data = data_of(run.settings.get("dataset", DEFAULTS["dataset"]))
-        if stored and data and run.data != data:
-            raise ValueError(f"{run.folder} holds a run on other data than this machine has (the "
+    if stored := read_json(folder / "config.json"):
+        if digest(settings_of(stored)) != key:
+            raise ValueError(f"{folder} was continued with other settings: move it away")
+        run.data = run.made_by().get("data") or data
+        if data not in ("", run.data):
+            raise ValueError(f"{folder} holds a run on other data than this machine has (the "
                              "standard library of another Python?): give another --out")
+    for record in records.get(key, ()) if not run.has_ended else ():
+        if data in ("", record["data"]) and code == record.get("code", ""):
+            run.record, run.data = record, record["data"]
+            break
+    return run
 
 
 def start(run, slot):
@@ -219,6 +196,6 @@ def stop_all(children):
 
 def stamp_run(run):
     """Write made_by.json: device, version, data; of a row of yours also the code."""
-    made_by = {"device": device_name(), "torch": torch.__version__, "code": run.made_by_code,
+    made_by = {"device": device_name(), "torch": torch.__version__, "code": run.code,
                "data": run.data}
     write_whole(run.folder / "made_by.json", json.dumps(made_by, indent=1) + "\n")

