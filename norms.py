@@ -163,7 +163,7 @@ BARE = Placement("", input_weight)
 
 class ScaledLinear(nn.Module):
     """y = placement.output(W̃ x), without bias. The owner draws the weight: reset_parameters.
-    `fused` multiplies x by effective_weight, which has the vectors that only scale W; `output` does
+    `fused` multiplies x by effective_weight, W with the vectors that only scale it; `output` does
     what is left: DNP's Norm, and γ_a.
 
     shape       (m, d), or (E, m, d) for a stack of E experts
@@ -189,7 +189,7 @@ class ScaledLinear(nn.Module):
 
         self.absorbs = []  # (map, head_dim) of each map whose γ_a this weight applies
         self.absorbed_by = []  # the map whose weight applies γ_a; a list, or it would be a child
-        self.pad = (0, 0)  # zero columns and rows that W̃ gets: see padded_weight
+        self.pad = (0, 0)  # zero columns and rows that W̃ gets, for speed: see padded_weight
 
         # the weight, and the vectors that the placement asks for
         self.weight = nn.Parameter(torch.empty(shape))
@@ -263,12 +263,13 @@ class PreNorm(nn.Module):
     """What several maps read of the residual stream: fused(norm(x), maps).
 
     shared=True    one γ_b for all of them, and this module has it, as in every Llama:
-                   W_q(γ ⊙ Norm(x)), W_k(γ ⊙ Norm(x)), ... One that shares with nobody keeps it
+                   W_q(γ ⊙ Norm(x)), W_k(γ ⊙ Norm(x)), ... If only one of several maps has a γ_b,
+                   that map keeps it
     shared=False   each map has its own: W_q(γ_q ⊙ Norm(x)), W_k(γ_k ⊙ Norm(x)), ...: HG (eq. 4)
 
     If each map undoes any factor of its input, the division is left out. DNP does: with Norm(x) =
-    x / r, Norm(W(γ_b ⊙ x / r)) = Norm(W(γ_b ⊙ x)) (FlashNorm, arXiv 2407.09577). To equal a model
-    with an ε in both norms, DNP's would be ε r²; ε² differs by 1e-6 or so (docs/theory.md).
+    x / r, Norm(W(γ_b ⊙ x / r)) = Norm(W(γ_b ⊙ x)) (FlashNorm, arXiv 2407.09577). DNP's ε is then
+    ε², which changes outputs by 1e-6 or so (docs/theory.md).
     """
 
     def __init__(self, maps, shared=True, eps=1e-6):

@@ -44,6 +44,7 @@ VARIANTS = {
     "HG": HG,
     "HG+DP+OR": {**HG, "scale_placement": "dual", "scale_reparam": "original"},
     "unified": UNIFIED,
+    "Q/K-norm": {"qk_norm": True},
     "unified but the head": {**UNIFIED, "scale_placement_on": "q,k,v,gate,up"},
 }
 NAMES = [*PEERS, *VARIANTS]

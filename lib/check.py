@@ -247,6 +247,8 @@ def row_of(m, names, shared):
     if m.absorbed_by:
         after = f"own, in W of {names[m.absorbed_by[0]]}"
     if m.placement.undoes_factor:
-        normalized = "each head" if m.norm_width < m.width else "the output"
+        normalized = "the output"
+        if m.placement.divides_by_rms and m.norm_width < m.width:
+            normalized = "each head"
     placement = next((name for name, p in PLACEMENTS.items() if p == m.placement), "-")
     return placement, before, after, normalized

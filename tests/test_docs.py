@@ -99,7 +99,7 @@ def test_patches(tmp_path):
     assert conftest.count("FORK_KEYS = [{}]\n") == 1
     patched = conftest.replace("FORK_KEYS = [{}]\n", f"FORK_KEYS = {keys}\n")
     (copy / "tests" / "conftest.py").write_text(patched, "utf-8")
-    some = ("of_fork or attn_gate and (shared or mixture or promises)"
+    some = ("of_fork or attn_gate and (shared or mixture or promises or compiled)"
             " or learned_positions and (shared or promises)")
     done = run("-m", "pytest", "-q", "-x", "-k", some, "tests/test_every_entry.py",
                "tests/test_keys.py", *sorted(copy.glob("tests/test_of_fork_*.py")), cwd=copy)

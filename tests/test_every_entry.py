@@ -69,6 +69,11 @@ def check_claims(name):
     # no claim but a rule, since a norm may multiply v into x: v multiplies the input of W
     if "v" in placement.vectors:
         close(placement.weight(W, v, u, m), placement.weight(W, None, u, m) * v)
+
+    # in a stack of experts each matrix is its own
+    stack = torch.stack([W, 2 * W.flip(0)])
+    pairs = [placement.weight(matrix, v, u, m) for matrix in stack]
+    close(placement.weight(stack, v, u, m), torch.stack(pairs))
     if placement.output is None:
         return
 
@@ -138,7 +143,7 @@ def test_one_function_of_a_reparam(keys, reparam, fork):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_compiled_is_the_same_function(placement, fork):
     """Its graphs, run by PyTorch's own kernels. Their gradients: test_graphs."""
-    keys = dict(n_layer=1, scale_heterogeneous=True, scale_placement=placement, **fork)
+    keys = {"n_layer": 1, "scale_heterogeneous": True, "scale_placement": placement, **fork}
     model, (idx, targets) = randomize_scales(tiny_gpt(**keys)), tiny_batch()
     loss = model(idx, targets)[1]
     torch._dynamo.reset()

@@ -65,4 +65,4 @@ def test_its_commands(dataset, tmp_path):
 def test_its_numbers_stand_in_the_studies():
     studies = (ROOT / "docs/studies.md").read_text(encoding="utf-8")
     found = re.findall(r"[−+][\d.]+ \[[−+][\d.]+, [−+][\d.]+\]", LESSON)
-    assert len(found) == 6 and all(number in studies for number in found)
+    assert len(found) == 7 and all(number in studies for number in found)

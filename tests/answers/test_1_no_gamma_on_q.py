@@ -1,7 +1,8 @@
 """
 1. The logits are the same at the start, where γ = 1, and differ after a step: column j of q moves
 by −(γ_j² I + w_j w_jᵀ) G_j with γ and by −G_j without, and the second part is missing. One number a
-channel and layer is gone. Every function remains: the weight can take over any γ.
+channel and layer is gone, 256 in 4 layers of 64. Every function remains: the weight can take over
+any γ.
 """
 import torch
 from conftest import tiny_batch, tiny_gpt

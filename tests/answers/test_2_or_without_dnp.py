@@ -1,7 +1,8 @@
 """
 2. Decay multiplies every number by 1 − lr λ a step. With OR alone, γ_b = β Norm(α) shrinks as β
-does and keeps its direction: α's length is of no effect. With OR and DNP, γ_b has no β, and decay
-does nothing to it. γ_a has its β in both, and shrinks: hence IWD does not decay it.
+does, to 0.99^100 = 0.37 of it, and keeps its direction: α's length is of no effect. With OR and
+DNP, γ_b has no β, and decay does nothing to it. γ_a has its β in both, and shrinks: hence IWD does
+not decay it.
 """
 import torch
 

@@ -103,14 +103,14 @@ def test_family(family, tmp_path):
     assert type(theirs).__name__ == f"{name or 'ScaleVectors'}ForCausalLM"
     assert theirs.dtype == torch.float32 and theirs.config.max_position_embeddings == 16
     assert getattr(theirs.config, "router_aux_loss_coef", 0.3) == 0.3
-    assert same_logits(model, theirs) < 1e-5
+    same_logits(model, theirs)  # raises on more than rounding
 
     idx = some_ids(6)
     tokens = torch.cat([idx, *generate(model, idx, 8, temperature=0)], dim=1)
     for use_cache in (True, False):
         assert torch.equal(greedy(theirs, idx, 8, use_cache=use_cache), tokens)
     theirs.save_pretrained(tmp_path / "again")
-    assert same_logits(model, load(tmp_path / "again")) < 1e-5
+    same_logits(model, load(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("reason", NOT_STOCK)

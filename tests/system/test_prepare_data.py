@@ -189,12 +189,13 @@ def test_a_folder_may_hold_other_things(tmp_path, capsys):
     found = documents_of(tmp_path / "out", "train", "val")
     assert set(found) == expected | {"good\n" * 201} and len(found) > 90
 
+    new = str(tmp_path / "new")
     for name in ("dangling.txt", "pipe.jsonl"):
-        assert f"{name} cannot be read: give a file" in refused(folder / name, "--out", "out")
+        assert f"{name} cannot be read: give a file" in refused(folder / name, "--out", new)
     (tmp_path / "empty").mkdir()
-    assert "For other formats: --hf FOLDER" in refused(tmp_path / "empty", "--out", "out")
+    assert "For other formats: --hf FOLDER" in refused(tmp_path / "empty", "--out", new)
     (tmp_path / "empty" / "latin-1.txt").write_bytes(b"caf\xe9")
-    line = refused(tmp_path / "empty", "--out", "out")
+    line = refused(tmp_path / "empty", "--out", new)
     assert "train split: give more documents" in line and "latin-1.txt: not UTF-8 text, or" in line
 
 
