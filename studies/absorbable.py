@@ -7,4 +7,4 @@ rows = {"baseline": {}, "unified": {**HG, **DNP, **OR, "scale_weight_decay": "in
 for policy in ("all", "absorbable", "output_norm", "none"):
     rows[f"decay {policy}"] = {**HG, **DNP, **OR, "scale_weight_decay": policy}
 comparisons = {("unified", "baseline"): {}, **{(row, "unified"): {} for row in list(rows)[2:]}}
-scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}
+scales = {"cpu": {**CPU, "tuned": ()}, "gpu": GPU}

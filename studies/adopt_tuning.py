@@ -14,5 +14,5 @@ for base in list(rows):
 comparisons = {(BUT_THE_HEAD, BASELINE): {},
                **{(row, row.partition(" with ")[0]): {} for row in rows if " with " in row}}
 picture = "forest"
-scales = {"cpu": {"seeds": SEEDS, "protocol": "paper", "models": {
+scales = {"cpu": {"seeds": SEEDS, "tuned": (), "models": {
     "0.23M": {**CPU_MODEL, "learning_rates": (4e-3,)}}}}

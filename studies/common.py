@@ -15,9 +15,8 @@ A study is a plain file of these names:
   costs             {where: time of a step over the baseline's}, for a compute multiplier net of it
   scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,
                      "tuning_seeds": the seeds that tune (the first), which may only tune,
-                     "tuned": the rows whose rate is tuned, by protocol "both" all,
+                     "tuned": the rows whose rate is tuned besides the first's, in place of all,
                      "follows": {label: the label whose own rate it takes over},
-                     "protocol": "paper" or "both" (see studies/machinery/plan.py),
                      "rows": {label: keys at this scale only}}}
 A model is {"config": file, "keys": keys, "learning_rates": grid} and, if need be, "rows": the
 labels that it runs, "tuning": keys that replace the others while learning rates are tuned, and

@@ -24,7 +24,7 @@ longer = {"paper": (26250, 22500), "gpu": (4900, 4200)}
 def long(size, twice):
     """A size at its tuned rate, and at twice that rate."""
     at_twice = {**LONG[size], "rows": SHORT[:2], "tuning": {}, "learning_rates": (twice,)}
-    return {"seeds": SEEDS, "protocol": "paper", "models": {
+    return {"seeds": SEEDS, "tuned": (), "models": {
         size: {**LONG[size], "rows": SHORT}, f"{size} at twice the rate": at_twice}}
 
 

@@ -17,7 +17,7 @@ comparisons = {
                                                "Gemma-0.5B, 10B tokens": 0.0036},
     ("decay none", "decay all"): {}, ("decay none", "decay Input-Norms only"): {}}
 scales = {
-    "cpu": {"seeds": TEN_SEEDS, "protocol": "paper", "models": {
+    "cpu": {"seeds": TEN_SEEDS, "tuned": (), "models": {
         "Gemma-like": {**CPU_MODEL, "keys": GEMMA, "learning_rates": MUON_RATES},
         "Llama": {**CPU_MODEL, "rows": ("decay all", "decay none")}}},
     "gpu": {"seeds": (1,), "models": {

@@ -25,14 +25,14 @@ def paper(config, rate):
 
 scales = {
     # the batch grows with the model: equal steps, and about 6 tokens a parameter
-    "cpu": {"seeds": SEEDS, "protocol": "paper", "models": {
+    "cpu": {"seeds": SEEDS, "tuned": (), "models": {
         "0.05M": cpu(**shape(3, 32, 2, 1)),
         "0.11M": cpu((4e-3, 8e-3, 16e-3), **shape(3, 48, 3, 2)),
         "0.23M": cpu(),
         "0.43M": cpu(**shape(5, 80, 5, 8))}},
-    "long": {"seeds": SEEDS, "protocol": "paper", "models": LONG},
+    "long": {"seeds": SEEDS, "tuned": (), "models": LONG},
     # does the dtype of large runs change a conclusion?
-    "long_bfloat16": {"seeds": SEEDS, "protocol": "paper", "models": {"0.23M": {
+    "long_bfloat16": {"seeds": SEEDS, "tuned": (), "models": {"0.23M": {
         **LONG["0.23M"], "keys": {**LONG["0.23M"]["keys"], "dtype": "bfloat16"},
         "rows": TWO_ROWS, "tuning": {}, "learning_rates": (4e-3,)}}},
     "paper": {"seeds": (1,), "models": {

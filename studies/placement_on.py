@@ -14,4 +14,4 @@ rows = {"baseline": {}, "unified": UNIFIED,
 comparisons = {("unified", "baseline"): {}, ("unified but the head", "unified"): {},
                ("unified on o and down too", "unified"): {},
                ("DP on every map", "baseline"): {}}
-scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}
+scales = {"cpu": {**CPU, "tuned": ()}, "gpu": GPU}

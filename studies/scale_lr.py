@@ -12,4 +12,4 @@ for factor in (3.0, 10.0):
 comparisons = {(row, row.partition(" x")[0] if " x" in row else "baseline"): {}
                for row in list(rows)[1:]} | {
                    ("HG + DNP + IWD", "HG + DNP"): {}, ("HG + DNP + IWD x3", "unified"): {}}
-scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}
+scales = {"cpu": {**CPU, "tuned": ()}, "gpu": GPU}

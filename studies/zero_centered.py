@@ -11,4 +11,4 @@ rows = {"baseline": {}, "baseline without decay on γ": NO_DECAY,
 comparisons = {("baseline without decay on γ", "baseline"): {},
                ("baseline with γ = 1 + α", "baseline"): {}, ("unified", "baseline"): {},
                ("HG + DNP with γ = 1 + α", "unified"): {}}
-scales = {"cpu": {**CPU, "protocol": "paper"}, "gpu": GPU}
+scales = {"cpu": {**CPU, "tuned": ()}, "gpu": GPU}

@@ -204,9 +204,9 @@ def verdict(paper, found, paper_loss=None):
 
 
 def judge(rule, comparison):
-    """Does a comparison satisfy the rule: by its protocol and over all its seeds, is the whole
-    interval below 0, and the mean at least that far below?"""
-    found = comparison.get(rule["protocol"])
+    """Does a comparison satisfy the rule: at the rows' own rates and over all its seeds, is the
+    whole interval below 0, and the mean at least that far below?"""
+    found = comparison.get("own")
     if not found or found["seeds"] < rule["seeds"]:
         return f"not run with {rule['seeds']} seeds yet"
     low_enough = found["high"] is not None and found["high"] < 0
@@ -242,16 +242,17 @@ def compute_multiplier(compute, losses, others):
     return {"laws": laws, **dict(zip(("multiplier", "low", "high"), bounds))}
 
 
-def fit_scaling(study, losses, flops):
+def fit_scaling(study, losses, found, flops):
     """The scaling fits of every comparison at the tuned rates, over the models that have both rows:
     `compute_multiplier`; "gain", the mean difference over sizes; and "trend", how much the
     difference grows with ten times the compute, the slope of a least-squares line through the means
-    of the sizes. [] for other studies, or below two models. flops: {model: FLOPs of a run}."""
-    fits, best = [], best_rates(losses, study, whole=False)
+    of the sizes. [] for other studies, or below two models. found: of `summarize`; flops: {model:
+    FLOPs of a run}."""
+    fits = []
     for row, other in study.comparisons if study.picture == "scaling" else ():
         points = []
         for model in study.models:
-            rate = best[model, study.rows_of(model)[0]]
+            rate = found[model]["tuned_rate"]
             a, b = (by_seed(losses, model, r, rate) for r in (row, other))
             if a.keys() & b.keys() and all(map(math.isfinite, (*a.values(), *b.values()))):
                 points.append((model, flops[model], a, b))

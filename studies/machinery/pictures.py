@@ -33,9 +33,7 @@ def draw(results, path):
     makers = {"relative loss": relative_loss, "learning rates": learning_rates, "scaling": scaling,
               "matrix norms": matrix_norms, "forest": forest}
     figure = makers[results["picture"]](results)
-    seeds = sorted({run["seed"] for run in results["runs"]})
-    figure.suptitle(f"{results['title']}\n{results['scale']} scale, {len(seeds)} seeds at most",
-                    fontsize=11)
+    figure.suptitle(f"{results['title']} ({results['scale']} scale)", fontsize=11)
     write_whole(path, lambda f: figure.savefig(f, dpi=DPI, format="png"))
     plt.close(figure)
 
@@ -135,8 +133,8 @@ def relative_panel(axis, results, model, rows):
             ends.append(means[-1])
     # early losses differ by far more than the last ones
     margin = 0.2 * (max(ends) - min(ends)) + 0.004
-    finish(axis, ylim=(min(ends) - margin, max(ends) + margin), xlabel="tokens", title=model,
-           ylabel=f"loss − loss of {rows[0]}, {OURS}")
+    finish(axis, ylim=(min(ends) - margin, max(ends) + margin), xlabel="tokens",
+           ylabel=f"loss − loss of {rows[0]}, {OURS}", title=f"{model}, {len(first)} seeds")
 
 
 # ---- rates, sizes, norms -------------------------------------------------------------------------

@@ -7,8 +7,8 @@ What a study is: a plain file of data in studies/, completed, checked, and laid 
   read_idea      your row, from a config and from --key=value
 
 First the first row's learning rate is tuned on its grid, on the tuning seeds (one, unless the scale
-names more). Then every row runs at that rate with every seed, the paper's protocol. By protocol
-"both" each row is tuned in the same way, and also runs at its own best rate.
+names more). Then every row runs at that rate with every seed, the paper's protocol. Rows that are
+tuned in the same way also run at their own best rate.
 """
 import itertools
 import re
@@ -59,9 +59,8 @@ class Study:
     models: dict
     comparisons: dict = field(default_factory=dict)
     tuning_seeds: tuple = ()
-    tuned: tuple = ()
+    tuned: tuple | None = None
     follows: dict = field(default_factory=dict)  # {row: the row whose own rate it takes over}
-    protocol: str = "both"
     panels: list = field(default_factory=list)
     picture: str = "relative loss"
     rule: dict = field(default_factory=dict)
@@ -77,14 +76,12 @@ class Study:
                        for name, spec in self.models.items()}
         self.tuning_seeds = self.tuning_seeds or tuple(self.seeds[:1])
         self.panels = self.panels or [list(self.rows)]
-        if self.protocol not in ("paper", "both"):
-            raise ValueError(f"no such protocol: {self.protocol}")
         if any({"learning_rate", "seed"} & keys.keys() for keys in self.rows.values()):
             raise ValueError("a row sets learning_rate or seed: leave them to the models' grids "
                              "and 'seeds'")
         models = [model.rows for model in self.models.values()]
         for row in itertools.chain(*self.comparisons, *self.primary, *self.panels, *models,
-                                   self.tuned, *self.follows.items()):
+                                   self.tuned or (), *self.follows.items()):
             if row not in self.rows:
                 raise ValueError(f"a comparison, panel or model names {row!r}, which is no row")
 
@@ -96,12 +93,11 @@ class Study:
         return seed in self.seeds or seed not in self.tuning_seeds
 
     def tuned_rows(self, model):
-        """The rows whose grid of rates is tried: the first, and by protocol "both" every row, or
-        those that `tuned` names."""
+        """The rows whose grid of rates is tried: all, or the first and those in `tuned`."""
         labels = self.rows_of(model)
-        if self.protocol == "paper":
-            return labels[:1]
-        return [row for row in labels if not self.tuned or row in self.tuned or row == labels[0]]
+        if self.tuned is None:
+            return labels
+        return [row for row in labels if row in self.tuned or row == labels[0]]
 
     def rates_of(self, model, row):
         """The learning rates that are tried for a row."""
@@ -117,7 +113,7 @@ class Study:
         return {**keys, "learning_rate": cell.learning_rate, "seed": cell.seed}
 
     def tuning_cells(self, rows):
-        """The grids of the first row and, by protocol "both", of all rows, as far as `rows` go."""
+        """The grids of the tuned rows, as far as `rows` go."""
         return [Cell(name, row, rate, seed, bool(model.tuning))
                 for name, model in self.models.items()
                 for row in self.tuned_rows(name) if row in rows

@@ -129,7 +129,7 @@ def collect(study, scale, runs, planned):
         "paper_losses", "primary")}
     return {"study": study.name, "scale": scale, **of_study, "models": models,
             "missing": len(set(planned) - losses.keys()), "results": found,
-            "fits": fit_scaling(study, losses, flops), "runs": records}
+            "fits": fit_scaling(study, losses, found, flops), "runs": records}
 
 
 def by_documents(study, records, found):

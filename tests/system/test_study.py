@@ -182,7 +182,7 @@ def test_best_rate():
 
 def test_two_phases():
     """First the rates, of a large model on shorter runs, then the seeds."""
-    paper = tiny_study(protocol="paper")
+    paper = tiny_study(tuned=())
     assert {cell.row for cell in paper.tuning_cells(paper.rows)} == {"a"}
     study = tiny_study(tuning_seeds=(7, 8))  # seeds that only tune: they alone decide the rates
     losses = {cell: cell.learning_rate * (1 if cell.row == "a" else -1)
@@ -405,7 +405,7 @@ def test_interrupted_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     smoke_and("""
 rows["wild"] = {"init_std": 1e30}
 model["keys"] |= {"max_iters": 200, "eval_interval": 100}
-scales["cpu"] |= {"seeds": (1,), "protocol": "paper"}
+scales["cpu"] |= {"seeds": (1,), "tuned": ()}
 """, tmp_path)
     command = ["mine.py", *places(tmp_path), "--jobs=2"]
     with subprocess.Popen(command_of("-m", "studies", *command), stdout=subprocess.PIPE,
@@ -492,7 +492,7 @@ def test_printed_lines_are_the_runs(tmp_path, capsys):
     ("scales['cpu']['seeds'] = 3", "not subscriptable: see studies/common.py"),
     ("del scales['cpu']['seeds']", "'seeds'"),
     ("panels = [['x']]", "names 'x'"),
-    ("scales['cpu']['protocol'] = 'x'", "no such protocol"),
+    ("scales['cpu']['protocol'] = 'x'", "'protocol'"),
     ("rows['unified'] = {'seed': 3}", "a row sets learning_rate or seed"),
     ("rows['unified'] = {'scale_vectors': True}", "row 'unified' is the same run as 'baseline'"),
     ("rows['unified'] = {'min_lr': 5e-3}", "row 'unified': min_lr=0.005"),
@@ -538,7 +538,7 @@ def test_committed_summaries_follow_from_their_runs(path):
     found = summarize(study, losses)
     by_documents(study, results["runs"], found)
     assert rounded(found) == rounded(results["results"])
-    assert rounded(evidence.fit_scaling(study, losses, flops)) == rounded(results["fits"])
+    assert rounded(evidence.fit_scaling(study, losses, found, flops)) == rounded(results["fits"])
     for fit in results["fits"]:
         points = [(math.log10(flops[model]), c["tuned"]["difference"])
                   for model, found in results["results"].items() for c in found["comparisons"]
