@@ -123,9 +123,6 @@ IN_HG = vectors(READERS, "scale_in", BOTH) | FINAL
 
 
 @pytest.mark.parametrize("keys, expected", [
-    ({}, SHARED),
-    (HG, IN_HG),
-    ({"scale_placement": "after", "scale_placement_on": EVERYWHERE}, OUT),
     ({"scale_placement": "dual", **HG_EVERYWHERE}, IN | OUT),
     ({"scale_placement": "dual", **HG, "scale_placement_on": "q,o"},
      IN_HG | vectors(("attn.o",), "scale_in", BOTH)
@@ -144,14 +141,12 @@ IN_HG = vectors(READERS, "scale_in", BOTH) | FINAL
      vectors(("attn.k", "mlp.gate"), "scale_in", BOTH) | FINAL | vectors(
         ("attn.k", "mlp.gate", "head"), "scale_out", ABSORBED)
      | vectors(("attn.q_norm", "attn.k_norm"), "scale", NEITHER)),
-    ({**MIXTURE, "n_dense_layer": 0, **HG},
-     IN_HG | vectors(("mlp.router", "mlp.shared_gate", "mlp.shared_up"), "scale_in", BOTH)),
     ({**MIXTURE, "n_dense_layer": 0, "scale_placement": "dual_norm", **HG},
      IN_HG | vectors(("mlp.router", "mlp.shared_gate", "mlp.shared_up"), "scale_in", BOTH)
      | vectors((*READERS, "head", "mlp.shared_gate"), "scale_out", NEITHER)
      | vectors(("attn.v", "mlp.up", "mlp.shared_up"), "scale_out", ABSORBED)),
-], ids=["shared", "HG", "AP", "DP", "DP on q, o", "DNP", "output norms", "tied", "none", "mixture",
-        "AP mixture", "chosen maps", "HG mixture", "DNP mixture"])
+], ids=["DP", "DP on q, o", "DNP", "output norms", "tied", "none", "mixture", "AP mixture",
+        "chosen maps", "DNP mixture"])
 def test_scale_vectors_and_their_roles(keys, expected):
     keys = {**TINY, **keys, "n_layer": 1}
     TrainConfig(model=GPTConfig(**keys))  # no check of a run refuses it
