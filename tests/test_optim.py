@@ -52,12 +52,14 @@ def test_refusals():
 def test_state_comes_back_by_name_from_a_file(name, tmp_path):
     """Bit for bit, also where another policy sorts the vectors into other groups."""
     straight, stopped, resumed = (tiny_gpt(**UNIFIED) for _ in range(3))
-    train_steps(straight, make_optimizer(param_groups(straight, 0.0, "all"), name), steps=4)
-    optimizer = make_optimizer(param_groups(stopped, 0.0, "all"), name)
+    train_steps(straight, make_optimizer(param_groups(straight, 0.1, "all"), name), steps=4)
+    optimizer = make_optimizer(param_groups(stopped, 0.1, "all"), name)
     train_steps(stopped, optimizer, steps=2)
     torch.save(optimizer_state(optimizer), tmp_path / "optimizer.pt")
     resumed.load_state_dict(stopped.state_dict())
-    optimizer = make_optimizer(param_groups(resumed, 0.0, "input_norm"), name)
+    optimizer = make_optimizer(param_groups(resumed, 0.1, "input_norm"), name)
+    for group in optimizer.param_groups:  # the decay is not the state's, and stays as it is here
+        group["weight_decay"] = 0.1
     load_optimizer_state(optimizer, torch.load(tmp_path / "optimizer.pt", weights_only=True))
     train_steps(resumed, optimizer, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
