@@ -11,6 +11,7 @@ A study is a plain file of these names:
   matrices          (start of a name, branches): the matrices whose norms the results keep
   yours, rule       studies/track.py: the rows yours is compared with; when it counts as better
   paper_losses      {the paper's model: its baseline's loss}, for the size of a difference
+  step_times        {row: time of a step over the baseline's} and "what" that is, beside a forest
   primary           comparisons named before any run; every_window: the loss on all windows counts
   costs             {where: time of a step over the baseline's}, for a compute multiplier net of it
   scales            {scale: {"seeds": ..., "models": {name: model}, and, if need be,

@@ -9,6 +9,7 @@ rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_D
 comparisons = {
     ("unified", "baseline"): {"0.12B": -0.0331, "0.25B": -0.0244, "0.5B": -0.0416,
                               "0.75B": -0.0373, "1B": -0.0148},
+    ("baseline without decay on γ", "baseline"): {},
     ("unified", "baseline without decay on γ"): {}}
 picture = "scaling"
 costs = COSTS

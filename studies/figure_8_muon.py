@@ -10,6 +10,7 @@ rows = {"baseline": {}, "unified": UNIFIED, "baseline without decay on γ": NO_D
         "Gemma's norms without decay on γ": {**NO_DECAY, "qk_norm": True, "post_norm": True}}
 comparisons = {("unified", "baseline"): {
     "Dense-0.12B": -0.0156, "Dense-0.5B": -0.0167, "MoE-0.5B": -0.0187},
+               ("baseline without decay on γ", "baseline"): {},
                ("unified", "baseline without decay on γ"): {},
                ("unified", "Gemma's norms without decay on γ"): {}}
 scales = {

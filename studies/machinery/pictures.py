@@ -96,6 +96,11 @@ def forest(results):
     figure, axis = plt.subplots(figsize=(WIDTH, 1.6 + 0.42 * max(4, len(lines))),
                                 layout="constrained")
     forest_panel(axis, results, lines)
+    if times := results["step_times"]:
+        axis.text(1.02, 1.01, times["what"], fontsize=7, va="bottom", transform=axis.transAxes)
+        for place, (_, row, _, _) in enumerate(lines):
+            axis.text(1.02, place, times.get(row, "?"), fontsize=7, va="center",
+                      transform=axis.get_yaxis_transform())
     return figure
 
 

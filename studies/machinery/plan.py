@@ -68,6 +68,7 @@ class Study:
     matrices: tuple = ()
     costs: dict = field(default_factory=dict)
     paper_losses: dict = field(default_factory=dict)
+    step_times: dict = field(default_factory=dict)
     primary: list = field(default_factory=list)  # comparisons that were named before any run
     every_window: bool = False  # the loss on all windows counts (machinery/windows.py)
 

@@ -126,7 +126,7 @@ def collect(study, scale, runs, planned):
     by_documents(study, records, found)
     of_study = {key: getattr(study, key) for key in (
         "title", "question", "picture", "panels", "rows", "seeds", "tuning_seeds", "rule", "costs",
-        "paper_losses", "primary")}
+        "paper_losses", "step_times", "primary")}
     return {"study": study.name, "scale": scale, **of_study, "models": models,
             "missing": len(set(planned) - losses.keys()), "results": found,
             "fits": fit_scaling(study, losses, found, flops), "runs": records}

@@ -182,12 +182,16 @@ def comparison_lines(results):
 
 
 def fit_lines(results):
-    """The scaling fits: compute multipliers gross, without the largest size, and net."""
-    rows = [[fit["row"], fit["other"], f"{fit['sizes']}, to {fit['largest']}",
-             interval(fit["gain"]), interval(fit["trend"]), multiplier(fit),
-             multiplier(fit["without_largest"]),
-             *(f"{fit['multiplier'] / cost:.2f}" for cost in results["costs"].values())]
-            for fit in results["fits"]]
+    """The scaling fits: compute multipliers gross, without the largest size, and of unified, whose
+    step the costs are, net."""
+    rows = []
+    for fit in results["fits"]:
+        net = ["" for cost in results["costs"]]
+        if fit["row"] == "unified":
+            net = [f"{fit['multiplier'] / cost:.2f}" for cost in results["costs"].values()]
+        rows.append([fit["row"], fit["other"], f"{fit['sizes']}, to {fit['largest']}",
+                     interval(fit["gain"]), interval(fit["trend"]), multiplier(fit),
+                     multiplier(fit["without_largest"]), *net])
     lines = markdown(["row", "against", "sizes", "mean gain", "for ten times the compute",
                       "compute multiplier at the largest size", "without that size",
                       *(f"net of a step of {cost:.3f} times: {where}"
