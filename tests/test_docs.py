@@ -174,17 +174,23 @@ def test_a_tied_llama_is_saved_and_loaded(namespace, tmp_path):
     assert torch.equal(again(idx).logits, model(idx).logits)
 
 
-def test_a_qwen3_takes_unified_without_its_qk_norm(namespace):
-    """And unified but the head: γ_b alone. After remove_qk_norm no vector of q_norm is left."""
+@pytest.mark.parametrize("on, keeps", [("q,k,v,gate,up", False), ("v,gate,up", True)])
+def test_a_qwen3_takes_unified_beside_its_qk_norm_or_in_its_place(on, keeps, namespace):
+    """But the head: γ_b alone. After remove_qk_norm no vector of q_norm is left."""
     llama(namespace)
     from transformers import Qwen3Config, Qwen3ForCausalLM
     config = Qwen3Config(vocab_size=61, hidden_size=32, intermediate_size=48, head_dim=8,
                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model = namespace["remove_qk_norm"](Qwen3ForCausalLM(config))
-    yours = namespace["add_unified"](model, head="input")
+    model = Qwen3ForCausalLM(config)
+    if not keeps:
+        namespace["remove_qk_norm"](model)
+    yours = namespace["add_unified"](model, on=on)
     idx = torch.randint(61, (2, 16))
     yours(idx).logits.sum().backward()
-    assert not any("q_norm" in name or "k_norm" in name for name, _ in yours.named_parameters())
+    assert any("q_norm" in name for name, _ in yours.named_parameters()) == keeps
+    attn = yours.model.layers[1].self_attn
+    assert (attn.q_proj.scale_out is None) == (attn.k_proj.scale_out is None) == keeps
+    assert attn.v_proj.scale_out is not None
     assert all(p.grad is not None for p in yours.parameters() if p.requires_grad)
     assert yours.lm_head.scale_in is not None and yours.lm_head.scale_out is None
 
