@@ -35,7 +35,8 @@ def get_encoding(name):
                                  special_tokens={"<|endoftext|>": 256})
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise ValueError(f"unknown encoding {name!r}: choose bytes or one of {', '.join(names)}")
+        raise ValueError(f"unknown encoding {name!r}: choose bytes or one of {', '.join(names)}, "
+                         f"or put the folder that holds your tiktoken_ext on PYTHONPATH")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken lets through whatever its HTTP library raises

@@ -24,6 +24,7 @@ README_ROWS = (
      "tuned"),
     ("ours: unified, against a baseline that does not decay γ, better at this size",
      "figure_5_step_by_step_cpu", "unified", "baseline without decay on γ", "tuned"),
+    ("ours: the same on fresh seeds", "adopt_cpu", "unified", "baseline without decay on γ", "own"),
     ("ours: unified, against Q/K-norm without decay on γ, each at its own rate", "adopt_cpu",
      "unified", "Q/K-norm without decay on γ", "own"),
     ("ours: the same without DNP on the head", "adopt_cpu", "unified but the head",
