@@ -75,6 +75,6 @@ PAPER_LOSSES = {"0.12B": 3.0709, "0.25B": 2.7646, "0.5B": 2.5672, "0.75B": 2.448
 PAPER_MOE_LOSSES = {"0.25B": 2.9280, "0.5B": 2.7552, "0.8B": 2.6052, "1B": 2.5189, "2B": 2.3896}
 
 # time of a step of unified over the baseline's
-COSTS = {"a compiled step at 0.92M on a CPU, results/bench_cpu.json": 1.195,
+COSTS = {"a compiled step at 0.92M on a CPU, results/bench_cpu.json": 1.112,
          "0.12B on an H200, results/gpu_B.json": 1.160,
          "1B on an H200, results/gpu_C.json": 1.017}

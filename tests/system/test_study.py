@@ -589,6 +589,15 @@ def test_the_cost_of_a_step():
     costs = [cost for study in (FIGURE_6, FIGURE_7)
              for cost in load_study(study, "cpu").costs.values()]
     assert costs == pytest.approx(medians, abs=0.001)
+
+    # beside a forest stands the time on a CPU, eagerly
+    [eager] = json.loads((FOLDER / "bench_cpu_eager.json").read_text("utf-8"))["races"].values()
+    times = load_study(ROOT / "studies" / "adopt.py", "cpu").step_times
+    for row in ("Q/K-norm", "unified", "unified but the head"):
+        [on_cpu] = [words.split(";")[0] for label, words in times.items()
+                    if label.removesuffix(" without decay on γ") == row]
+        median = eager["variants"][row]["time_over_baseline"]["median"]
+        assert on_cpu == f"{median:.2f}"
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for row in (row for race in races.values() for row in race["variants"].values()):
         ratio = row["time_over_baseline"]
