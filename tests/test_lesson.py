@@ -63,6 +63,7 @@ def test_its_commands(dataset, tmp_path):
 
 
 def test_its_numbers_stand_in_the_studies():
-    studies = (ROOT / "docs/studies.md").read_text(encoding="utf-8")
+    studies = "".join((ROOT / path).read_text(encoding="utf-8")
+                      for path in ("docs/studies.md", "docs/adopt.md"))
     found = re.findall(r"[−+][\d.]+ \[[−+][\d.]+, [−+][\d.]+\]", LESSON)
-    assert len(found) == 7 and all(number in studies for number in found)
+    assert len(found) == 8 and all(number in studies for number in found)

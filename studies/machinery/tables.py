@@ -22,12 +22,13 @@ README_ROWS = (
     ("5: HG, against the baseline", "figure_5_step_by_step_cpu", "HG", "baseline", "tuned"),
     ("5: unified, against the baseline", "figure_5_step_by_step_cpu", "unified", "baseline",
      "tuned"),
-    ("ours: unified, against a baseline that does not decay γ, better at this size",
+    ("ours: unified, against a baseline that does not decay γ, a better one at this size",
      "figure_5_step_by_step_cpu", "unified", "baseline without decay on γ", "tuned"),
-    ("ours: the same on fresh seeds", "adopt_cpu", "unified", "baseline without decay on γ", "own"),
+    ("ours: the same on fresh seeds, all windows", "adopt_cpu", "unified",
+     "baseline without decay on γ", "own"),
     ("ours: unified, against Q/K-norm without decay on γ, each at its own rate", "adopt_cpu",
      "unified", "Q/K-norm without decay on γ", "own"),
-    ("ours: the same without DNP on the head", "adopt_cpu", "unified but the head",
+    ("ours: unified but the head, against the same Q/K-norm", "adopt_cpu", "unified but the head",
      "Q/K-norm without decay on γ", "own"))
 
 
@@ -177,8 +178,8 @@ def comparison_lines(results):
                             "own best rates", f"the paper's, {PAPERS}", "its sign"], rows)]
     if seen:
         lines += ["", "Half the width of these intervals at the tuned rate is "
-                  f"{statistics.median_low(seen):.4f} in the median, {max(seen):.4f} at most: an "
-                  "effect smaller than that could not be seen."]
+                  f"{statistics.median_low(seen):.4f} in the median, {max(seen):.4f} at most: a "
+                  "true effect of that size is missed about half the time."]
     return lines if rows else []
 
 
@@ -239,7 +240,8 @@ def primary_table(folder):
                      f"[{', '.join(map(signed, documents))}]" if documents else "", *p_values])
     lines = markdown(["model", "row", "against", f"{OURS} [95%], own rates", "relative", "seeds",
                       "over seeds and files [95%]", "p", "p by Holm"], rows)
-    still = "Runs are still to be made: until all of them are there, these are exploratory."
+    still = ("Some runs are still to be made. Holm's procedure over all four needs them, and until "
+             "then these are exploratory.")
     return "\n".join(lines if whole else [still, "", *lines])
 
 
