@@ -112,21 +112,13 @@ PAIR = ["baseline", "unified"]
 AT_1B = ["configs/baseline_1b.py", "--batch_size=4"]
 
 
-def inductor_keys(**keys):
-    """A setting: these keys of Inductor's, of which older versions of PyTorch lack some."""
-    return inductor.patch({key: value for key, value in keys.items() if hasattr(inductor, key)})
-
-
-def no_mix_order_reductions():
-    return inductor.patch("triton.mix_order_reduction", False)  # not in PyTorch 2.9
-
-
 class Race(NamedTuple):
     """bench/benchmark.py's race at one shape."""
     argv: list  # a config, and keys
     names: list  # the contestants
     rounds: int = 7
-    setting: Callable = contextlib.nullcontext  # a choice of PyTorch's that is changed
+    inductor: dict = {}  # Inductor's keys that are changed
+    attention: Callable = contextlib.nullcontext  # PyTorch's choice of a kernel, changed
 
 
 # One of the two attention kernels is PyTorch's own choice: how far its race is from race_1b's is
@@ -137,8 +129,7 @@ RACES = {
                       ["nanoGPT", "plain", *PAIR, "unified but the head"]),
     "race_120m_slices": Race(
         ["configs/baseline_120m.py"], ["nanoGPT", "plain", *PAIR, "unified but the head"],
-        setting=lambda: inductor_keys(max_pointwise_cat_inputs=0,
-                                      max_complex_pointwise_cat_inputs=0)),
+        inductor={"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}),
     "race_120m_parts": Race(["configs/baseline_120m.py"], ["none", "baseline", "HG", "HG+DP+OR"]),
     "race_500m": Race(["configs/baseline_500m.py", "--batch_size=4"], ["plain", *PAIR]),
     "race_moe_500m": Race(["configs/baseline_moe_500m.py"], PAIR),
@@ -146,16 +137,20 @@ RACES = {
     "race_1b": Race(AT_1B, PAIR, rounds=3),
     "race_1b_parts": Race(AT_1B, ["plain", "baseline", "HG+DP+OR", "unified"]),
     "race_1b_small": Race(["configs/baseline_1b.py", "--batch_size=2"], PAIR),
-    "race_1b_no_mix": Race(AT_1B, PAIR, setting=no_mix_order_reductions),
-    "race_1b_flash": Race(AT_1B, PAIR, setting=lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
-    "race_1b_cudnn": Race(AT_1B, PAIR, setting=lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
+    "race_1b_no_mix": Race(AT_1B, PAIR, inductor={"triton.mix_order_reduction": False}),
+    "race_1b_flash": Race(
+        AT_1B, PAIR, attention=lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
+    "race_1b_cudnn": Race(
+        AT_1B, PAIR, attention=lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
 }
 
 
 def run_race(name, toy):
     entry = RACES[name]
+    if missing := [key for key in entry.inductor if not hasattr(inductor, key)]:
+        return f"not run: PyTorch {torch.__version__} has no Inductor key {missing[0]}"
     config = load_config([*entry.argv, *(TOY if toy else []), "--gradient_accumulation_steps=2"])
-    with entry.setting():
+    with inductor.patch(entry.inductor), entry.attention():
         found = race(config, entry.names, 2 if toy else entry.rounds)
     say(table(found))
     return found
@@ -239,11 +234,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=[*CHECKS, *RACES])
-    parser.add_argument("--out", default="studies/results", help="a folder (%(default)s)")
+    parser.add_argument("--out", default="studies/results",
+                        help="a folder (default: %(default)s; of --toy out/gpu_check)")
     parser.add_argument("--toy", action="store_true", help="toy shapes, on any machine")
     args = parser.parse_args()
     process = Process()
     process.start(load_config(["configs/quickstart.py"]))
+    if args.toy and args.out == parser.get_default("out"):
+        args.out = "out/gpu_check"  # toy numbers must not stand among the results
     path = Path(args.out, f"gpu_{args.check}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     say(f"{args.check}: {versions()}")

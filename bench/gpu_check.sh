@@ -21,8 +21,8 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
     echo "no CUDA here: toy shapes, into out/gpu_check"
     part=toy
 fi
-options=(--out studies/results)
-if [ "$part" = toy ]; then options=(--out out/gpu_check --toy); fi
+options=()
+if [ "$part" = toy ]; then options=(--toy); fi
 failed=0
 
 look() {  # STATUS NAME: say so if it is not 0
@@ -43,7 +43,7 @@ part_A() {
     check 60 head
     check 90 race_120m
     check 90 race_120m_slices
-    timeout 150 python -m pytest -q -m "" -k cuda tests/test_cuda.py
+    timeout 150 python -m pytest -q -m "" -k cuda
     look $? "the CUDA tests"
     check 70 race_moe_500m
     check 80 race_1b
