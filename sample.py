@@ -27,6 +27,9 @@ def load_model(out_dir):
                                 f"from an exported folder: docs/export.md")
     path, state = found
     keys = [f.name for f in dataclasses.fields(GPTConfig)]
+    if lacking := [key for key in keys if key not in state["config"]]:
+        raise ValueError(f"{path} was written by other code, without the key {lacking[0]}: use the "
+                         f"code that wrote it")
     model = GPT(GPTConfig(**{key: state["config"][key] for key in keys}))
     load_weights(model, state, path)
     return model.eval(), get_encoding(state["tokenizer"]), state["step"]

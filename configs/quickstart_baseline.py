@@ -1,5 +1,5 @@
-# The studies' model with one γ after each norm, as in every Llama: 0.23M parameters, about a minute
-# on one core. Compare with quickstart.py. Its loss is that of seed 1 in figure 5's study.
+# The studies' model with one γ after each norm, as in every Llama: 0.23M parameters, one to three
+# minutes on a core. Compare with quickstart.py. Its loss is that of seed 1 in figure 5's study.
 from configs.study_cpu import *
 
 out_dir = "out/quickstart_baseline"

@@ -1,5 +1,5 @@
-# The studies' model for one CPU core: 0.23M parameters, a byte each token, about a minute a run.
-# See docs/studies.md.
+# The studies' model for one CPU core: 0.23M parameters, a byte each token, one to three minutes a
+# run. See docs/studies.md.
 dataset = "data/stdlib"  # the Python standard library's source, made on the spot
 vocab_size = 257  # the 256 bytes and <|endoftext|>
 

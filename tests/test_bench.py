@@ -3,6 +3,7 @@ Proves that bench/benchmark.py races what it says: its yardstick is the baseline
 variants share matrices and optimizer state and train all the same, its table follows from its
 times; and that bench/gpu_check.sh runs to its end without a GPU.
 """
+import contextlib
 import json
 import re
 import statistics
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, tiny_batch, tiny_gpt
+from torch._inductor import config as inductor
 
 from bench import benchmark as bench
 from bench import gpu_check
@@ -116,6 +118,22 @@ def test_refusals(argv, message):
         bench.main(argv)
     text = str(error.value)
     assert text.startswith("error: ") and message in text and "\n" not in text
+
+
+def test_a_race_runs_with_its_inductor_keys(monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def attention():
+        seen.append(inductor.max_pointwise_cat_inputs)
+        yield
+
+    keys = {"max_pointwise_cat_inputs": 3}
+    race = gpu_check.Race([CONFIG, *SHAPE], ["baseline"], 1, keys, attention)
+    monkeypatch.setitem(gpu_check.RACES, "one", race)
+    assert gpu_check.run_race("one", toy=True)["variants"] and seen == [3]
+    race.inductor["no_such_key"] = 0
+    assert "has no Inductor key no_such_key" in gpu_check.run_race("one", toy=True)
 
 
 @pytest.mark.slow

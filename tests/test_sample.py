@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sample
+from lib.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from lib.data import get_encoding
 from sample import load_model, stream_text
 
@@ -26,6 +27,15 @@ def test_sample(undisturbed, capsys):
     model, encoding, step = load_model(out)
     assert step == 12 and encoding.name == "bytes" and not model.training
     assert "--- sample 1 after 12 steps, seed 3 ---" in first
+
+
+def test_a_checkpoint_of_other_code(undisturbed, tmp_path):
+    """A fork's new key, say, whose default need not be what the run was trained with."""
+    state = load_checkpoint(newest_checkpoint(undisturbed[0])[0])
+    del state["config"]["n_kv_head"], state["format"], state["step"]
+    save_checkpoint(tmp_path, 12, state, keep=1)
+    with pytest.raises(ValueError, match="ckpt_0000012.pt was written by .* key n_kv_head: use"):
+        load_model(tmp_path)
 
 
 class Scripted(torch.nn.Module):

@@ -52,5 +52,5 @@ def main(folders):
         if (Path(folder) / "summary.json").is_file() and not path.is_file():
             try:
                 write_whole(path, json.dumps(every_window(folder)) + "\n")
-            except (KeyError, ValueError, FileNotFoundError) as error:
+            except (ValueError, FileNotFoundError) as error:
                 print(f"passed over: {folder}, not evaluated on all windows: {error}")
