@@ -1,8 +1,8 @@
 """
 A trained GPT as transformers loads it: from_pretrained(folder, trust_remote_code=True).
 
-hf/export.py puts this file, model.py and norms.py into the folder of a model that no class of
-transformers computes. It adds no mathematics: ScaleVectorsForCausalLM hands ids to model.GPT and
+hf/export.py puts this file, model.py, norms.py and fast.py into the folder of a model that no class
+of transformers computes. It adds no mathematics: ScaleVectorsForCausalLM hands ids to model.GPT and
 returns its logits. Needs transformers 5.
 
   - AutoModelForCausalLM and AutoModel both give this class. There is no model without a head,
