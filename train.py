@@ -169,7 +169,6 @@ def save(run):
 def train(config, process):
     """Set-up, then the loop. Returns the exit status: 0, or EXIT_STOPPED after a signal."""
     # all that can be wrong with the data, the tokenizer or the folder is said before any work
-    config.resume = config.resume or process.restarts > 0
     dataset = open_dataset(config, process)
     encoding = None
     if config.sample_tokens:

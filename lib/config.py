@@ -338,11 +338,11 @@ def check_shape(c):
     if c.n_head % c.n_kv_head:
         raise ValueError(f"n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}: each "
                          f"key/value head serves the same number of query heads")
+    if c.n_expert and c.n_expert_active == 1:
+        raise ValueError("n_expert_active=1: the weight of a single expert is always 1, so the "
+                         "loss would not teach the router; choose 2 or more")
     if c.n_expert and c.n_expert_active > c.n_expert:
         raise ValueError(f"n_expert_active={c.n_expert_active} is more than n_expert={c.n_expert}")
-    if c.n_expert and c.n_dense_layer >= c.n_layer:
-        raise ValueError(f"n_dense_layer={c.n_dense_layer} leaves none of n_layer={c.n_layer} "
-                         f"for n_expert={c.n_expert}: lower it")
     if c.d_shared_expert and not c.n_expert:
         raise ValueError(f"d_shared_expert={c.d_shared_expert} with n_expert=0: a shared expert "
                          f"needs routed ones beside it")

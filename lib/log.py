@@ -4,6 +4,7 @@ What a run leaves in out_dir beside its checkpoints, and what it prints.
   config.json    every key
   log.jsonl      one JSON object a line; "event" is train, eval, scale, matrix or router
   summary.json   the end
+  torchrun       the torchrun that trains here: its own restarts resume without --resume
   lock           held while a process trains here
 """
 import contextlib
@@ -51,7 +52,7 @@ class RunLog:
         be used."""
         config, out, where = self.config, self.out, f"out_dir={self.config.out_dir!r}"
         held = [n for n in ("config.json", "log.jsonl", "summary.json") if (out / n).exists()]
-        if (held or checkpoints(out)) and not config.resume:
+        if (held or checkpoints(out)) and not (config.resume or self.is_restarted()):
             raise ValueError(f"{where} holds a run: continue it with --resume, or choose another "
                              f"--out_dir")
         try:
@@ -72,6 +73,12 @@ class RunLog:
             say(f"{out} holds a log and no checkpoint: starting at step 0")
         return None
 
+    def is_restarted(self):
+        """Has the torchrun that trained here started its processes again?"""
+        path = self.out / "torchrun"
+        return self.process.restarts > 0 and path.is_file() and (
+            path.read_text(encoding="utf-8") == self.process.torchrun)
+
     def begin(self):
         """Write the log, of a resumed run with its lines from before the checkpoint, and
         config.json."""
@@ -79,6 +86,8 @@ class RunLog:
         kept = lines_before(self.path, self.first_step) if self.path.exists() else ""
         write_whole(self.path, kept.encode() + self.unwritten, AGAIN)
         write_whole(self.out / "config.json", json.dumps(to_dict(self.config), indent=1), AGAIN)
+        if self.process.torchrun:
+            write_whole(self.out / "torchrun", self.process.torchrun, AGAIN)
         self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
 
     def flush(self):

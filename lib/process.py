@@ -10,9 +10,11 @@ import contextlib
 import inspect
 import os
 import signal
+import socket
 import sys
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -49,14 +51,28 @@ def torchrun():
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK") or 0)
 
 
+def restarts_of_torchrun():
+    """(how often torchrun has started its processes again, a name for this very torchrun: machine,
+    process, and where it is known when that began). (0, "") without it."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if not count:
+        return 0, ""
+    agent, began = os.getppid(), ""
+    with contextlib.suppress(OSError):  # only Linux has it
+        stat = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8", errors="replace")
+        began = stat.rpartition(")")[2].split()[19]
+    return int(count), f"{socket.gethostname()} {agent} {began}"
+
+
 class Process:
     """This process: the only one, or one of several that torchrun has started."""
 
     def __init__(self):
         self.rank, self.world_size, self.local_rank = torchrun()
-        self.is_main, self.store, self.restarts = self.rank == 0, None, 0
+        self.is_main = self.rank == 0
+        self.restarts, self.torchrun = restarts_of_torchrun()
+        self.store = None
         if self.world_size > 1:
-            self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
             self.store, _, _ = next(dist.rendezvous("env://"))
             if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
                 # torchrun may keep its store over a restart, with addresses of dead processes

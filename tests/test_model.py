@@ -330,6 +330,7 @@ def test_a_cache_is_used_where_blocks_are_recomputed():
     (dict(n_expert=-1), "n_expert=-1 must be at least 0"),
     (dict(n_expert=2, n_expert_active=3), "n_expert_active=3 is more than n_expert=2"),
     (dict(n_expert=2, n_expert_active=0), "n_expert_active=0 must be at least 1"),
+    (dict(n_expert=2, n_expert_active=1), "n_expert_active=1: the weight of a single expert is"),
     (dict(n_expert=2, n_expert_active=1, d_expert=-8), "d_expert=-8 must be at least 1"),
     (dict(n_expert=2, n_expert_active=1, n_dense_layer=2), "n_dense_layer=2 leaves none of"),
     (dict(d_shared_expert=8), "d_shared_expert=8 with n_expert=0"),

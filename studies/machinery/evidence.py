@@ -249,13 +249,15 @@ def fit_scaling(study, losses, found, flops):
     of the sizes. [] for other studies, or below two models. found: of `summarize`; flops: {model:
     FLOPs of a run}."""
     fits = []
+    counting = {cell: loss for cell, loss in losses.items() if study.counts(cell.seed)}
     for row, other in study.comparisons if study.picture == "scaling" else ():
         points = []
         for model in study.models:
             rate = found[model]["tuned_rate"]
-            a, b = (by_seed(losses, model, r, rate) for r in (row, other))
+            a, b = (by_seed(counting, model, r, rate) for r in (row, other))
             if a.keys() & b.keys() and all(map(math.isfinite, (*a.values(), *b.values()))):
                 points.append((model, flops[model], a, b))
+        points.sort(key=lambda point: point[1])
         if len(points) > 1:
             models, compute, a, b = zip(*points)
             differences = [shared_differences(*pair) for pair in zip(a, b)]

@@ -124,7 +124,8 @@ def relative_panel(axis, results, model, rows):
     compared token by token."""
     rate = results["results"][model]["tuned_rate"]
     curves = {row: {seed: dict(run["curve"]) for seed, run in
-                    runs_at(results, model, row, rate).items()} for row in rows}
+                    runs_at(results, model, row, rate).items()
+                    if None not in dict(run["curve"]).values()} for row in rows}
     first, ends = curves[rows[0]], [0.0]
     axis.axhline(0, color=color_of(results, rows[0]), linewidth=1, label=rows[0])
     for row in rows[1:]:

@@ -80,6 +80,9 @@ class Study:
         if any({"learning_rate", "seed"} & keys.keys() for keys in self.rows.values()):
             raise ValueError("a row sets learning_rate or seed: leave them to the models' grids "
                              "and 'seeds'")
+        if self.every_window and set(self.tuning_seeds) & set(self.seeds):
+            raise ValueError("every_window needs tuning seeds that do not count: rates are chosen "
+                             "by the windows of the curves")
         models = [model.rows for model in self.models.values()]
         for row in itertools.chain(*self.comparisons, *self.primary, *self.panels, *models,
                                    self.tuned or (), *self.follows.items()):
@@ -128,13 +131,15 @@ class Study:
         return list(dict.fromkeys(cell for cell in cells if cell.learning_rate is not None))
 
     def select_rows(self, labels):
-        """These rows, those they are compared with, and the first, whose rate is everyone's."""
+        """These rows, those they are compared with or whose rate they take over, and the first,
+        whose rate is everyone's."""
         for row in labels or ():
             if row not in self.rows:
                 raise ValueError(f"{self.name} has no row {row!r}: choose among "
                                  f"{', '.join(self.rows)}")
         wanted = {*(labels or self.rows), *(self.rows_of(model)[0] for model in self.models),
-                  *(other for row, other in self.comparisons if row in (labels or ()))}
+                  *(other for row, other in self.comparisons if row in (labels or ())),
+                  *(other for row, other in self.follows.items() if row in (labels or ()))}
         return [row for row in self.rows if row in wanted]
 
     def check_rows(self):

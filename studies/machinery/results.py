@@ -105,7 +105,7 @@ def record_of(cell, run, loss, study):
     if cell.row == "yours":
         record["code"] = run.code
     if run.record:
-        return {**run.record, **record}
+        return {**run.record, "tuning": cell.tuning, **record}
     if record["state"] == "done":
         summary = run.summary()
         record |= {key: summary[key] for key in NUMBERS}
@@ -138,13 +138,15 @@ def by_documents(study, records, found):
     for model, at in found.items():
         windows = {cell_of(r): r["windows"] for r in records if "windows" in r}
         for c in at["comparisons"]:
-            if (c["row"], c["other"]) in study.primary and c.get("own"):
-                sides = [{s: w["losses"] for s, w in by_seed(
-                    windows, model, row, at["rows"][row]["own"]["learning_rate"]).items()
-                    if study.counts(s)} for row in (c["row"], c["other"])]
-                if all(sides):
-                    tokens = next(iter(windows.values()))["tokens"]
-                    c["own"]["documents"] = bootstrap(*sides, tokens)
+            own = c.get("own")
+            if (c["row"], c["other"]) not in study.primary or not own or "diverged" in own:
+                continue
+            sides = [{s: w["losses"] for s, w in by_seed(
+                windows, model, row, at["rows"][row]["own"]["learning_rate"]).items()
+                if study.counts(s)} for row in (c["row"], c["other"])]
+            if all(sides):
+                tokens = next(iter(windows.values()))["tokens"]
+                own["documents"] = bootstrap(*sides, tokens)
 
 
 def flops_of(model):

@@ -47,6 +47,8 @@ class Work:
     def __init__(self, study, path, args):
         self.study, self.out, self.known = study, args.out, {}
         self.records = results.load_records(path, bool(study.matrices))
+        self.with_windows = {settings: [run for run in runs if "windows" in run]
+                             for settings, runs in self.records.items()}
         self.rows, self.seeds = study.select_rows(args.rows), args.seeds or study.seeds
         self.earlier = results.cells_before(path, study, self.find)
 
@@ -55,7 +57,10 @@ class Work:
         if cell not in self.known:
             label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
             code = code_now() if cell.row == "yours" else ""
-            self.known[cell] = find_run(self.out, self.records, label, self.study.models[
+            records = self.records
+            if self.study.every_window and self.study.counts(cell.seed):
+                records = self.with_windows
+            self.known[cell] = find_run(self.out, records, label, self.study.models[
                 cell.model].config, self.study.keys(cell), code)
         return self.known[cell]
 

@@ -32,7 +32,7 @@ from studies.machinery.plan import ROOT, config_of
 NOT_SETTINGS = {"out_dir", "resume", "checkpoint_interval", "keep_checkpoints", "log_interval",
                 "sample_tokens", "sample_prompt", "dist_timeout", "tokens_per_param"}
 DEFAULTS = {key: f.default for key, f in FIELDS.items() if key not in NOT_SETTINGS}
-CODE = ("norms.py", "model.py", "optim.py", "train.py", "lib/config.py", "lib/data.py")
+CODE = ("norms.py", "model.py", "fast.py", "optim.py", "train.py", "lib/config.py", "lib/data.py")
 STOPPED = 75  # train.py's exit status after a signal, once the checkpoint is saved
 
 

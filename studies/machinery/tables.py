@@ -230,7 +230,9 @@ def primary_table(folder):
                   for model, c in comparisons_of(results)
                   if [c["row"], c["other"]] in results["primary"]]
     whole = len(found) == 4 and all(own and own["seeds"] >= seeds for _, _, own, seeds in found)
-    adjusted = holm([p_value(own) for _, _, own, _ in found]) if whole else [None] * len(found)
+    adjusted = [None] * len(found)
+    if whole:  # a comparison with a run that diverged has no p, and takes part as if it were 1
+        adjusted = holm([p_value(own) or 1.0 for _, _, own, _ in found])
     rows = []
     for (where, c, own, seeds), holms in zip(found, adjusted):
         documents = (own or {}).get("documents")
@@ -246,14 +248,15 @@ def primary_table(folder):
 
 
 def count_intervals(folder):
-    """How many intervals the studies have, how many exclude zero, and how many of these Holm's
-    procedure keeps. A comparison that several studies have counts once."""
+    """How many intervals of differences the studies have, at the tuned rate and at own rates, how
+    many exclude zero, and how many Holm's procedure keeps. One that several have counts once."""
     values = {}
     for path in sorted(Path(folder).glob("*.json")):
         results = read(path)
         for _, c in comparisons_of(results) if "study" in results else ():
-            if (p := p_value(c.get("tuned"))) is not None:
-                values[c["row"], c["other"], c["tuned"]["difference"]] = p
+            for found in (c.get("tuned"), c.get("own")):  # often the same
+                if (p := p_value(found)) is not None:
+                    values[c["row"], c["other"], found["difference"]] = p
     p_values = list(values.values())
     below = sum(p < 0.05 for p in p_values)
     kept = sum(p < 0.05 for p in holm(p_values))

@@ -21,7 +21,10 @@ BATCH = 32  # windows at a time
 def every_window(folder):
     """{"loss": nats a token over all windows, "tokens": [of each document], "losses": [nats a token
     of each document]} of the newest checkpoint in a run's folder."""
-    model, encoding, _ = load_model(folder)
+    model, encoding, step = load_model(folder)
+    steps = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))["steps"]
+    if step != steps:
+        raise ValueError(f"its last whole checkpoint is of step {step}, not {steps}")
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     where = ROOT / Path(config["dataset"]).expanduser()
     split = Dataset(where, config["block_size"], config["vocab_size"]).val

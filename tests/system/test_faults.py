@@ -17,6 +17,7 @@ from lib.checkpoint import newest_checkpoint
 from lib.config import load_config
 from lib.log import RunLog
 
+
 def workers_of(process):
     """The process ids of a torchrun's train.py processes, in the order of their ranks."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("utf-8").split()
@@ -62,6 +63,26 @@ def test_torchrun_restarts_a_run_and_passes_signals_on(dataset, tmp_path):
     assert f"at step {step}" in trained(*run, f"--max_iters={step + 3}", "--resume")
     trained(*start(tmp_path / "straight", dataset, *args, f"--max_iters={step + 3}"))
     assert losses(out) == pytest.approx(losses(tmp_path / "straight"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_restart_continues_its_own_run_only(dataset, tmp_path):
+    """Of one process, too. Another torchrun, whose restart finds a run that it was refused, leaves
+    it alone."""
+    run = start(tmp_path / "run", dataset, "--max_iters=2000", "--checkpoint_interval=1")
+    process = launch(*run, processes=1, restarts=1)
+    wait_for(process, " 3/")
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    wait_for(process, "resuming from")
+    process.terminate()
+    process.communicate(timeout=120)
+    step, log = newest_checkpoint(tmp_path / "run")[1]["step"], losses(tmp_path / "run")
+
+    process = launch(*run, "--learning_rate=0.5", processes=1, restarts=1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and errors.count("holds a run: continue it with") == 2
+    assert newest_checkpoint(tmp_path / "run")[1]["step"] == step
+    assert losses(tmp_path / "run") == log
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from studies.machinery import evidence, tables, windows
 from studies.machinery.evidence import best_rate, judge, paired, pooled, summarize, verdict
 from studies.machinery.plan import Cell, Study, config_of, load_study, read_idea
 from studies.machinery.results import as_text, by_documents, collect, curves, load_records
-from studies.machinery.run import main, write_docs
+from studies.machinery.run import Work, main, write_docs
 from studies.machinery.runs import Run, code_now, digest, find_run, outcome, settings_of
 
 SMOKE, TRACK, FIGURE_1, FIGURE_6, FIGURE_7 = (ROOT / "studies" / f"{name}.py" for name in (
@@ -205,6 +206,7 @@ def test_two_phases():
         ("a", 2e-3), ("b", 2e-3), ("b", 4e-3), ("c", 4e-3)]
     figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
     assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
+    assert wider.select_rows(["c"]) == ["a", "b", "c"]
 
     long = load_study(FIGURE_6, "long")
     grid = long.tuning_cells(["baseline"])[:3]
@@ -336,6 +338,12 @@ def test_every_window_and_each_document(dataset, tmp_path):
     trained("configs/study_cpu.py", "--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16",
             f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--device=cpu",
             "--eval_windows=3", "--warmup_iters=1")
+    summary = out / "summary.json"
+    whole = summary.read_text(encoding="utf-8")
+    summary.write_text(whole.replace('"steps": 1', '"steps": 2'), encoding="utf-8")
+    windows.main([str(out)])  # its last checkpoint is damaged, say
+    assert not (out / "windows.json").exists()
+    summary.write_text(whole, encoding="utf-8")
     windows.main([str(out), str(tmp_path)])  # the second holds no run
     found = json.loads((out / "windows.json").read_text(encoding="utf-8"))
     model, encoding, _ = load_model(str(out))
@@ -375,6 +383,46 @@ def test_all_windows_count_on_seeds_that_count(tmp_path):
     sides = ({s: [1.0, 1.0 + 4 * s] for s in range(1, 6)}, {s: [1.0, 1.0] for s in range(1, 6)})
     assert primary["own"]["documents"] == evidence.bootstrap(*sides, [3, 1])
     assert "documents" not in other["own"]
+
+    runs[Cell("m", "b", 2e-3, 3)].record = {"state": "diverged", "data": "", "curve": []}
+    found = collect(study, "cpu", runs, list(runs))
+    own = found["results"]["m"]["comparisons"][0]["own"]
+    assert own == {"difference": None, "low": None, "high": None, "seeds": 5, "diverged": 1}
+    for scale in ("cpu", "long"):  # two more comparisons, so that all four are there
+        twice = {**found, "scale": scale, "primary": [["b", "a"], ["a", "b"]]}
+        (tmp_path / f"adopt_{scale}.json").write_text(as_text(twice), encoding="utf-8")
+    page = tables.primary_table(tmp_path)
+    assert page.count("diverged (1 of 5 seeds)") == 4 and "still to be made" not in page
+
+    with pytest.raises(ValueError, match="every_window needs tuning seeds that do not count"):
+        tiny_study(every_window=True)
+
+
+def test_runs_without_windows_are_made_anew(tmp_path):
+    """Where all windows count. A tuning seed needs none."""
+    study = tiny_study(every_window=True, tuning_seeds=(7,))
+    path, args = tmp_path / "results" / "s_cpu.json", SimpleNamespace(
+        out=tmp_path / "runs", rows=None, seeds=None)
+    work, cells = Work(study, path, args), [Cell("m", "a", 1e-3, seed) for seed in (1, 2, 7)]
+    runs = [{**cell._asdict(), "settings": digest(work.find(cell).settings), "state": "done",
+             "data": work.find(cell).data, "val_loss": 2.0, "curve": []} for cell in cells]
+    runs[1]["windows"] = {"loss": 1.0}
+    path.parent.mkdir()
+    path.with_name("other_cpu.json").write_text(
+        as_text({"study": "other", "runs": runs}), encoding="utf-8")
+    work = Work(study, path, args)
+    assert [work.find(cell).state for cell in cells] == ["missing", "done", "done"]
+
+
+def test_fits_are_of_the_seeds_that_count_and_of_sizes_in_order():
+    study = tiny_study(models={name: MODEL for name in ("large", "small")}, picture="scaling",
+                       seeds=(1, 2), tuning_seeds=(9,))
+    losses = {Cell(model, row, rate, seed): loss - 0.1 * (row == "b") - (row == "b") * (seed == 9)
+              for model, loss in (("large", 2.0), ("small", 2.5))
+              for row in "ab" for rate in (1e-3, 2e-3) for seed in (1, 2, 9)}
+    [fit] = evidence.fit_scaling(study, losses, summarize(study, losses),
+                                 {"large": 1e16, "small": 1e15})
+    assert fit["gain"]["difference"] == pytest.approx(-0.1) and fit["largest"] == "large"
 
 
 # ---- running -------------------------------------------------------------------------------------
