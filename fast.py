@@ -5,7 +5,7 @@ Speed that the formulas of norms.py do not show. Nothing here changes a result, 
   apply_wide          DNP over an output much wider than the input, such as the logits
   Routing             a mixture's experts as one product
 
-A reader who wants to know what the model computes can leave this file out.
+A reader who wants to know what a dense model computes can leave this file out.
 """
 import contextlib
 
@@ -20,7 +20,7 @@ from norms import REPARAMS, ScaleVector, scale, scale_weight
 def gammas_in_batches(modules):
     """Within it, the ScaleVectors among the modules return a γ that was computed in one batch with
     all others of its shape. A model of 4 layers with HG, DNP and OR has 42, and one by one they
-    take a tenth of its step on a CPU. One thread at a time: the modules hold what was computed.
+    take 8% of its step on a CPU. One thread at a time: the modules hold what was computed.
     A shard (DTensor) is left out, because its layer gathers it later."""
     batches = {}
     for m in modules:

@@ -5,7 +5,7 @@ A Llama-style decoder whose scale vectors can be placed, shared, split, rewritte
   - Output-Norms to study: Q/K-norm (qk_norm), Gemma's norms on sub-layers' outputs (post_norm)
   - dense, or with a mixture of experts (n_expert) in place of the SwiGLU: dropless
   - every linear map is a norms.ScaledLinear; the scale_* keys tell which vectors it carries
-  - no autocast: weights stay float32 and are cast in norms.fused
+  - no autocast: weights stay float32 and are cast where they are multiplied
 
 Letters in the shape comments: B sequences, T positions, C = n_embd, H heads, D = head_dim,
 F a SwiGLU's width, V = vocab_size; N = B T tokens, E experts, K experts for a token.
@@ -41,7 +41,7 @@ class GPTConfig:
     tie_embeddings: bool = False  # one matrix for embedding and head
     qk_norm: bool = False  # normalize each query and key head: an Output-Norm
     post_norm: bool = False  # normalize each sub-layer's output, as Gemma does: an Output-Norm
-    init_std: float = 0.02  # of every matrix; 0: 1/sqrt(n_embd), which small models need
+    init_std: float = 0.02  # of the matrices; 0: 1/sqrt(n_embd), which small models need
     n_expert: int = 0  # routed experts in each layer; 0: a dense model
     n_expert_active: int = 4  # of them, for each token
     d_expert: int = 0  # width of a routed expert's SwiGLU; 0: int(2/3 n_embd), the paper's
@@ -357,7 +357,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=self.config.init_std)
         known = {self.embedding.weight}
         for m in self.modules():
-            if isinstance(m, ScaleVector) or isinstance(m, ScaledLinear) and not m.tied:
+            if isinstance(m, ScaleVector) or (isinstance(m, ScaledLinear) and not m.tied):
                 m.reset_parameters()
                 known.update(m.parameters())
         for table, start in zip((self.cos, self.sin), rope_tables(self.config)):
@@ -372,7 +372,9 @@ class GPT(nn.Module):
         the mean cross-entropy in nats, without a mixture's auxiliary_loss.
         caches: a list for each layer, see Attention."""
         B, T = idx.size()
-        start = caches[0][0].size(2) if caches and caches[0] else 0
+        start = 0
+        if caches and caches[0]:
+            start = caches[0][0].size(2)
         if start + T > self.config.block_size:
             raise ValueError(f"a sequence of {start + T} tokens is longer than "
                              f"block_size={self.config.block_size}")
@@ -388,8 +390,10 @@ class GPT(nn.Module):
         # All γ in a few batches, unless a block is run again in the backward pass and needs its
         # own, or is compiled, which makes its γ cheap
         recompute = self.config.recompute and self.training and caches is None
-        apart = recompute or self.compiled
-        with gammas_in_batches(() if apart else self.modules()):
+        batched = self.modules()
+        if recompute or self.compiled:
+            batched = []
+        with gammas_in_batches(batched):
             routers = []
             for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
                 if recompute:

@@ -79,9 +79,9 @@ class ScaleVector(nn.Module):
         self.computed = None  # γ, where fast.py has it
         _, _, beta, beta_is_length = REPARAMS[reparam]
         self.alpha = nn.Parameter(torch.empty(shape))
-        # β is a parameter, a constant, or None
-        trained = beta is not None and (length or not beta_is_length)
-        self.beta = nn.Parameter(torch.empty(*shape[:-1], 1)) if trained else beta
+        self.beta = beta  # a constant, or None
+        if beta is not None and (length or not beta_is_length):
+            self.beta = nn.Parameter(torch.empty(*shape[:-1], 1))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -140,7 +140,8 @@ class Placement(NamedTuple):
     vectors: str  # those that exist: "v", which is γ_b; "u", which is γ_a; or "vu"
     weight: Callable  # (W, v, u, the ScaledLinear) -> W̃; None for v or u stands for all ones
     output: Callable | None = None  # (W̃ x, u, the ScaledLinear) -> y; None: y = W̃ x
-    # Claims that speed and folding rely on; a test checks each. False is always right, and slower.
+    # Claims that speed and folding rely on; a test checks each. False is never wrong, but slower,
+    # and γ_a may then not fold
     ends_in_u: bool = False  # u multiplies y as the last operation, and is used for nothing else
     undoes_factor: bool = False  # c x gives the same y as x, for every c > 0
     keeps_zeros: bool = False  # zeros appended to W̃ x are zeros in y, and change nothing else
@@ -189,7 +190,7 @@ class ScaledLinear(nn.Module):
 
         self.absorbs = []  # (map, head_dim) of each map whose γ_a this weight applies
         self.absorbed_by = []  # the map whose weight applies γ_a; a list, or it would be a child
-        self.pad = (0, 0)  # zero columns and rows that W̃ gets, for speed: see padded_weight
+        self.pad = (0, 0)  # zero columns and rows that W̃ gets: see padded_weight
 
         # the weight, and the vectors that the placement asks for
         self.weight = nn.Parameter(torch.empty(shape))
@@ -211,11 +212,13 @@ class ScaledLinear(nn.Module):
         Only operations on single channels may stand between: o.absorb(v), down.absorb(up). It does
         nothing where γ_a is in m's W̃ (AP, DP). head_dim: if a head of m serves several (GQA)."""
         channels = self.weight.size(-1)
-        if channels != m.width and (head_dim is None or channels % m.width or m.width % head_dim):
+        fits = head_dim and channels % m.width == 0 and m.width % head_dim == 0
+        if channels != m.width and not fits:
             raise ValueError(f"a map of {channels} inputs cannot absorb γ_a of {m.width} channels: "
                              f"give the head_dim that divides both")
-        can = m.scale_out and m.placement.output and m.placement.ends_in_u and not self.tied
-        if can and self not in m.absorbed_by:
+        in_output = m.scale_out is not None and m.placement.output is not None
+        can_move = in_output and m.placement.ends_in_u and not self.tied
+        if can_move and self not in m.absorbed_by:
             self.absorbs.append((m, head_dim or m.width))
             m.absorbed_by = [self]
             m.scale_out.absorbable = True
@@ -323,10 +326,12 @@ def check_maps(model):
     """Raise ValueError if a norm or a map relies on a map that is gone, or two norms have one."""
     present, read = set(model.modules()), set()
     for name, m in model.named_modules():
-        relies_on = m.maps if isinstance(m, PreNorm) else []
-        if not read.isdisjoint(relies_on):
-            raise ValueError(f"{name} has a map that another norm has: make one norm for both")
-        read.update(relies_on)
+        relies_on = []
+        if isinstance(m, PreNorm):
+            relies_on = m.maps
+            if not read.isdisjoint(m.maps):
+                raise ValueError(f"{name} has a map that another norm has: make one norm for both")
+            read.update(m.maps)
         if isinstance(m, ScaledLinear):
             relies_on = [other for other, _ in m.absorbs] + m.absorbed_by
         if not present.issuperset(relies_on):
@@ -345,8 +350,8 @@ def fold_scale_vectors(model):
                 m.scale_in = norm.scale  # until it is in the weight, below
             norm.scale = None
     maps = [m for m in model.modules() if isinstance(m, ScaledLinear) and not m.tied]
+    # all W̃ before any W changes; a weight that two maps share becomes two
     for m, W in zip(maps, [m.effective_weight() for m in maps]):
-        # a weight that two maps share becomes two
         m.weight = nn.Parameter(W.to(m.weight.dtype), m.weight.requires_grad)
         m.scale_in, m.absorbs, m.placement = None, [], m.placement._replace(weight=input_weight)
         if m.placement.output is None or m.absorbed_by:

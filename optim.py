@@ -58,11 +58,16 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
             raise ValueError(f"parameter {name} of shape {tuple(p.shape)} fits no group: give it "
                              f"one in optim.param_groups")
 
-    decay = {"embedding": weight_decay if decay_embeddings else 0.0}
-    named = [{"name": name, "params": params, "weight_decay": decay.get(name, weight_decay)}
-             for name, params in matrices.items() if params]
-    return [{**group, "lr_scale": scale_lr if group["name"].startswith("scale") else 1.0}
-            for group in (*named, *groups.values())]
+    found = []
+    for name, params in matrices.items():
+        decay = weight_decay
+        if name == "embedding" and not decay_embeddings:
+            decay = 0.0
+        if params:
+            found.append({"name": name, "params": params, "weight_decay": decay, "lr_scale": 1.0})
+    rates = {"scale": scale_lr, "scale_decayed": scale_lr}  # a fork may have others of 1 dimension
+    return found + [{**group, "lr_scale": rates.get(group["name"], 1.0)}
+                    for group in groups.values()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,7 +107,9 @@ class Muon(torch.optim.Optimizer):
             lr, momentum, by_shape = group["lr"], group["momentum"], {}
             for p in group["params"]:
                 if p.grad is not None:
-                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    buffer = self.state[p]["momentum_buffer"]
                     buffer.lerp_(p.grad, 1 - momentum)
                     update = p.grad.lerp(buffer, momentum).bfloat16()
                     by_shape.setdefault(tuple(p.shape[-2:]), []).append((p, update))
@@ -175,17 +182,11 @@ def update_norms(optimizer):
 
 def load_optimizer_state(optimizer, state):
     """Put back what optimizer_state gave, parameter by parameter; one that never had a gradient
-    has none. Raises ValueError if a name or a shape is not the optimizer's."""
+    has none. The weights' names and shapes have been compared: checkpoint.load_weights."""
     owners = {name: (part, p) for part in parts_of(optimizer) for group in part.param_groups
               for name, p in zip(group["param_names"], group["params"])}
     for name, moments in state.items():
-        if name not in owners:
-            raise ValueError(f"the optimizer's state is of another model: {name} is unknown")
         part, p = owners[name]
-        for key, value in moments.items():
-            if value.ndim and value.shape != p.shape:
-                raise ValueError(f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, "
-                                 f"the parameter {tuple(p.shape)}")
         part.state[p] = {key: value.to(p.device, copy=True) for key, value in moments.items()}
 
 

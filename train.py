@@ -84,7 +84,8 @@ def training_step(model, parallel, optimizer, batches, lr, grad_clip, process, s
     numbers = torch.stack((loss, grad_norm, torch.full_like(loss, stop)))
     if torch.is_tensor(routers):
         numbers = torch.cat((numbers, routers.flatten()))
-    loss, grad_norm, stop, *routers = (n / process.world_size for n in process.sum(numbers))
+    means = [number / process.world_size for number in process.sum(numbers)]
+    loss, grad_norm, stop, *routers = means
 
     # the update, unless a number is not finite
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -126,7 +127,7 @@ def set_up(config, process, dataset, log):
                                      (config.beta1, config.beta2), config.muon_momentum)
     return SimpleNamespace(
         config=config, process=process, dataset=dataset, log=log, model=model, optimizer=optimizer,
-        step=0, saved=0,  # updates made; the step of the last checkpoint
+        step=0, saved=0,  # steps made; the step of the last checkpoint
         sequences=0,  # seen so far: the position in the data
         started=time.monotonic())  # of a resumed run: as if it had never been interrupted
 
@@ -150,11 +151,13 @@ def resume(run, path):
 
 
 def save(run):
-    """Write a checkpoint, unless this step has one, the last steps were not finite, or an update
-    failed halfway. Returns whether it has one now. Raises FloatingPointError if a weight or a
-    moment is not finite."""
-    if run.step == run.saved or run.log.bad_steps or getattr(run.optimizer, "is_updating", False):
-        return run.step == run.saved
+    """Write a checkpoint, unless this step has one, or is the first, or the last steps were not
+    finite, or an update failed halfway. Returns False in the last two cases. Raises
+    FloatingPointError if a weight or a moment is not finite."""
+    if run.step == run.saved:
+        return True
+    if run.log.bad_steps or getattr(run.optimizer, "is_updating", False):
+        return False
     run.saved = run.step  # also if it fails: it is not tried again
     moments = optim.optimizer_state(run.optimizer)
     check_finite(run.step, {"weights": run.model.state_dict(), **moments})
@@ -211,9 +214,9 @@ def loop(run, stops):
             last = run.step >= config.max_iters
             if last:
                 log.check_bad_steps(run.step - 1, most=1)
-            if last or config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
+            if last or is_due(run.step, config.checkpoint_interval):
                 save(run)
-            if last or config.eval_interval and run.step % config.eval_interval == 0:
+            if last or is_due(run.step, config.eval_interval):
                 val_loss = evaluate(run.model, run.dataset.val, config, process)
                 val_bpb = log.evaluation(run, val_loss)
             if last:
@@ -239,6 +242,10 @@ def loop(run, stops):
         with contextlib.suppress(Exception):  # the error that ended the run is the one to report
             save(run)
         raise
+
+
+def is_due(step, interval):
+    return interval > 0 and step % interval == 0
 
 
 def open_dataset(config, process):

@@ -66,6 +66,13 @@ GPU_RATES = (2e-3, 4e-3, 6e-3)
 GPU_MODEL = {"config": "configs/study_gpu.py", "keys": {}, "learning_rates": GPU_RATES}
 GPU = {"seeds": (1,), "models": {"0.12B": GPU_MODEL}}
 
+
+
+def paper(config, rate, **keys):
+    """A size of the paper's, at the rate that the paper found best for the baseline."""
+    return {"config": f"configs/{config}.py", "keys": keys, "learning_rates": (rate,)}
+
+
 PAPER_RATES = (6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3)
 PAPER = {"seeds": (1,), "models": {"0.12B": {
     "config": "configs/baseline_120m.py", "keys": {}, "learning_rates": PAPER_RATES}}}

@@ -1,6 +1,6 @@
 """The paper's figure 3: weight decay on scale vectors by role, on a Gemma-like model under Muon.
 The Llama rows are ours: their only scale vectors are Input-Norms."""
-from studies.common import CPU_MODEL, GPU_MODEL, GPU_RATES, TEN_SEEDS
+from studies.common import CPU_MODEL, GPU_MODEL, GPU_RATES, TEN_SEEDS, paper
 
 MUON_RATES = (4e-3, 8e-3, 16e-3)
 GEMMA = {"qk_norm": True, "post_norm": True, "optimizer": "muon"}
@@ -23,8 +23,6 @@ scales = {
     "gpu": {"seeds": (1,), "models": {
         "Gemma-like": {**GPU_MODEL, "keys": GEMMA, "learning_rates": GPU_RATES}}},
     "paper": {"seeds": (1,), "models": {
-        "Gemma-0.5B, 10B tokens": {"config": "configs/gemma_500m.py", "keys": {"max_iters": 5000},
-                                   "learning_rates": (4e-3,)},
-        "Gemma-0.5B, 50B tokens": {"config": "configs/gemma_500m.py", "keys": {"max_iters": 25000},
-                                   "learning_rates": (4e-3,)}}},
+        "Gemma-0.5B, 10B tokens": paper("gemma_500m", 4e-3, max_iters=5000),
+        "Gemma-0.5B, 50B tokens": paper("gemma_500m", 4e-3, max_iters=25000)}},
 }

@@ -1,6 +1,7 @@
 """The paper's figure 6: terminal losses of baseline and unified over dense sizes, and how much more
 compute the baseline needs."""
-from studies.common import COSTS, CPU_MODEL, LONG, NO_DECAY, PAPER_LOSSES, SEEDS, UNIFIED, shape
+from studies.common import (
+    COSTS, CPU_MODEL, LONG, NO_DECAY, PAPER_LOSSES, SEEDS, UNIFIED, paper, shape)
 
 title = "Figure 6, dense models over sizes"
 question = "does the gain of the unified strategy last as models grow?"
@@ -20,10 +21,6 @@ def cpu(rates=CPU_MODEL["learning_rates"], **keys):
     return {**CPU_MODEL, "rows": TWO_ROWS, "keys": keys, "learning_rates": rates}
 
 
-def paper(config, rate):
-    return {"config": config, "keys": {}, "learning_rates": (rate,), "rows": TWO_ROWS}
-
-
 scales = {
     # the batch grows with the model: equal steps, and about 6 tokens a parameter
     "cpu": {"seeds": SEEDS, "tuned": (), "models": {
@@ -37,9 +34,9 @@ scales = {
         **LONG["0.23M"], "keys": {**LONG["0.23M"]["keys"], "dtype": "bfloat16"},
         "rows": TWO_ROWS, "tuning": {}, "learning_rates": (4e-3,)}}},
     "paper": {"seeds": (1,), "models": {
-        "0.12B": paper("configs/baseline_120m.py", 4e-3),
-        "0.25B": paper("configs/baseline_250m.py", 2e-3),
-        "0.5B": paper("configs/baseline_500m.py", 2e-3),
-        "0.75B": paper("configs/baseline_750m.py", 2e-3),
-        "1B": paper("configs/baseline_1b.py", 1e-3)}},
+        "0.12B": {**paper("baseline_120m", 4e-3), "rows": TWO_ROWS},
+        "0.25B": {**paper("baseline_250m", 2e-3), "rows": TWO_ROWS},
+        "0.5B": {**paper("baseline_500m", 2e-3), "rows": TWO_ROWS},
+        "0.75B": {**paper("baseline_750m", 2e-3), "rows": TWO_ROWS},
+        "1B": {**paper("baseline_1b", 1e-3), "rows": TWO_ROWS}}},
 }

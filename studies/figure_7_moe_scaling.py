@@ -1,5 +1,5 @@
 """The paper's figure 7: terminal losses of baseline and unified over mixtures of experts."""
-from studies.common import CPU_MODEL, PAPER_MOE_LOSSES, SEEDS, UNIFIED
+from studies.common import CPU_MODEL, PAPER_MOE_LOSSES, SEEDS, UNIFIED, paper
 
 title = "Figure 7, mixtures of experts over sizes"
 question = "does the gain of the unified strategy hold in mixtures of experts?"
@@ -17,10 +17,6 @@ def cpu(rates, **shape):
             "keys": {"n_expert": 8, "n_expert_active": 2, **shape}}
 
 
-def paper(config, rate):
-    return {"config": config, "keys": {}, "learning_rates": (rate,)}
-
-
 scales = {
     # the batch grows with the model: equal steps, and about 4.5 tokens a parameter that is active
     "cpu": {"seeds": SEEDS, "models": {
@@ -30,9 +26,9 @@ scales = {
                      d_shared_expert=128, batch_size=2),
         "0.49M": cpu((2e-3, 4e-3, 8e-3), d_shared_expert=170)}},
     "paper": {"seeds": (1,), "models": {
-        "0.25B": paper("configs/baseline_moe_250m.py", 3e-3),
-        "0.5B": paper("configs/baseline_moe_500m.py", 2e-3),
-        "0.8B": paper("configs/baseline_moe_800m.py", 2e-3),
-        "1B": paper("configs/baseline_moe_1b.py", 1e-3),
-        "2B": paper("configs/baseline_moe_2b.py", 6e-4)}},
+        "0.25B": paper("baseline_moe_250m", 3e-3),
+        "0.5B": paper("baseline_moe_500m", 2e-3),
+        "0.8B": paper("baseline_moe_800m", 2e-3),
+        "1B": paper("baseline_moe_1b", 1e-3),
+        "2B": paper("baseline_moe_2b", 6e-4)}},
 }

@@ -1,5 +1,5 @@
 """The paper's figure 8: the unified strategy under Muon."""
-from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, TEN_SEEDS, UNIFIED
+from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, TEN_SEEDS, UNIFIED, paper
 
 MUON = {"optimizer": "muon"}
 
@@ -18,11 +18,8 @@ scales = {
         **CPU_MODEL, "keys": MUON, "learning_rates": (2e-3, 4e-3, 8e-3, 16e-3)}}},
     "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": MUON}}},
     "paper": {"seeds": (1,), "models": {
-        "Dense-0.12B": {"config": "configs/baseline_120m_muon.py", "keys": {},
-                        "learning_rates": (5e-3,)},
+        "Dense-0.12B": paper("baseline_120m_muon", 5e-3),
         # the rate is Gemma-0.5B's: the paper gives none
-        "Dense-0.5B": {"config": "configs/baseline_500m.py", "keys": MUON,
-                       "learning_rates": (4e-3,)},
-        "MoE-0.5B": {"config": "configs/baseline_moe_500m_muon.py", "keys": {},
-                     "learning_rates": (4e-3,)}}},
+        "Dense-0.5B": paper("baseline_500m", 4e-3, **MUON),
+        "MoE-0.5B": paper("baseline_moe_500m_muon", 4e-3)}},
 }

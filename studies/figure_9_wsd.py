@@ -1,5 +1,5 @@
 """The paper's figure 9: the unified strategy under a warmup-stable-decay schedule."""
-from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, TEN_SEEDS, UNIFIED
+from studies.common import CPU_MODEL, GPU_MODEL, NO_DECAY, TEN_SEEDS, UNIFIED, paper
 
 WSD = {"schedule": "wsd"}  # linear to 0 in the last fifth of the steps
 
@@ -16,8 +16,6 @@ scales = {
         **CPU_MODEL, "keys": WSD, "learning_rates": (1e-3, 2e-3, 4e-3, 8e-3)}}},
     "gpu": {"seeds": (1,), "models": {"0.12B": {**GPU_MODEL, "keys": WSD}}},
     "paper": {"seeds": (1,), "models": {
-        "Dense-0.12B": {"config": "configs/baseline_120m_wsd.py", "keys": {},
-                        "learning_rates": (3e-3,)},
-        "MoE-0.5B": {"config": "configs/baseline_moe_500m_wsd.py", "keys": {},
-                     "learning_rates": (2e-3,)}}},
+        "Dense-0.12B": paper("baseline_120m_wsd", 3e-3),
+        "MoE-0.5B": paper("baseline_moe_500m_wsd", 2e-3)}},
 }

@@ -353,7 +353,7 @@ CASES = {
     "post_norm": trains({True: 120 + 2 * 2 * 24}),
     "init_std": trains(0.05, 0.4),
     "n_expert": trains(2, 3, **MIXTURE),
-    "n_expert_active": trains(1, 4, **MIXTURE),
+    "n_expert_active": trains(3, 4, **MIXTURE),
     "d_expert": trains(9, 24, **MIXTURE),
     "d_shared_expert": trains(9, 24, **MIXTURE),
     "n_dense_layer": trains(1, 2, **MIXTURE, n_layer=3),

@@ -35,15 +35,16 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"parameter matrix of shape \(3, 4\) fits no group"):
         param_groups(model, 0.1)
 
-    optimizer = make_optimizer(groups)
-    train_steps(model, optimizer, 1)
-    for other, message in (
-            (tiny_gpt(n_layer=1), "layers.1.attn.* is unknown"),
-            (tiny_gpt(d_ff=40), r"exp_avg of .*mlp.* has shape .*48.*, the parameter .*40")):
-        with pytest.raises(ValueError, match=message) as error:
-            load_optimizer_state(make_optimizer(param_groups(other, 0.1)),
-                                 optimizer_state(optimizer))
-        assert "\n" not in str(error.value)
+
+def test_a_forks_bias_is_no_scale_vector():
+    """It does not decay, and scale_lr does not change its rate."""
+    model = tiny_gpt(**UNIFIED)
+    model.layers[0].bias = torch.nn.Parameter(torch.zeros(3))
+    groups = {g["name"]: g for g in param_groups(model, 0.1, "all", scale_lr=3.0)}
+    assert [name for name, _ in groups["others"]["params"]] == ["layers.0.bias"]
+    for name, decay, rate in (("others", 0.0, 1.0), ("hidden", 0.1, 1.0),
+                              ("scale_decayed", 0.1, 3.0)):
+        assert (groups[name]["weight_decay"], groups[name]["lr_scale"]) == (decay, rate)
 
 
 # ---- optimizers ----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from lib.config import BUILTIN
 from lib.disk import write_whole
+from lib.log import duration
 from prepare_data import prepare_builtin
 from studies.machinery import results, windows
 from studies.machinery.evidence import best_rates
@@ -33,12 +34,6 @@ from studies.machinery.runs import code_now, find_run, outcome, start, stop_all,
 from studies.machinery.tables import fill
 
 OUT = ROOT / "out" / "studies"
-
-
-def duration(seconds):
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    return f"{seconds / 60:.0f}m" if seconds < 5400 else f"{seconds / 3600:.1f}h"
 
 
 class Work:
