@@ -314,10 +314,10 @@ class Block(nn.Module):
 
 class CrossEntropy(nn.Module):
     """Mean of -log softmax(logits(x))[target] in nats over the targets that are not -1. It is a
-    module, and calls `logits` itself, so that both can be compiled as one part."""
+    module, and calls the model's `logits` itself, so that both can be compiled as one part."""
 
-    def forward(self, logits, x, targets):  # GPT.logits, (B, T, C), (B, T) -> ()
-        logits = logits(x)
+    def forward(self, model, x, targets):  # GPT, (B, T, C), (B, T) -> ()
+        logits = model.logits(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -407,7 +407,7 @@ class GPT(nn.Module):
             # final norm and head, alone or as one part with the loss
             if targets is None:
                 return self.logits(x), None
-            return None, self.cross_entropy(self.logits, x, targets)
+            return None, self.cross_entropy(self, x, targets)
 
     def logits(self, x):
         """The residual stream (B, T, C) -> (B, T, V), for the loss and for sampling."""

@@ -103,7 +103,7 @@ class PlainGPT(nn.Module):
         x = self.embed(idx).to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x, self.cos[:idx.size(1)], self.sin[:idx.size(1)])
-        return None, self.cross_entropy(self.logits, x, targets)
+        return None, self.cross_entropy(self, x, targets)
 
     def logits(self, x):
         return self.head(self.norm(x))
