@@ -106,8 +106,11 @@ class ScaleVector(nn.Module):
 def scale_weight(W, v=None, u=None):
     """W̃ = diag(u) W diag(v) = W ⊙ (u vᵀ) (table 1); None stands for all ones.
     W̃ x = u ⊙ W(v ⊙ x): γ adds no function that W could not express, only a way to train it."""
-    W = W if v is None else W * v.unsqueeze(-2)
-    return W if u is None else W * u.unsqueeze(-1)
+    if v is not None:
+        W = W * v.unsqueeze(-2)  # columns: W's inputs
+    if u is not None:
+        W = W * u.unsqueeze(-1)  # rows: its outputs
+    return W
 
 
 def input_weight(W, v, u, m):
@@ -193,7 +196,8 @@ class ScaledLinear(nn.Module):
         self.absorbed_by = []  # the map whose weight applies γ_a; a list, or it would be a child
         self.pad = (0, 0)  # zero columns and rows that W̃ gets: see padded_weight
 
-        # the weight, and the vectors that the placement asks for
+        # The weight, and the vectors that the placement asks for. γ_b stands right before the
+        # matrix, an Input-Norm; γ_a stands behind it, and goes into W unless a Norm stands between
         self.weight = nn.Parameter(torch.empty(shape))
         self.scale_in = self.scale_out = None
         if vectors and "v" in p.vectors:
@@ -217,6 +221,7 @@ class ScaledLinear(nn.Module):
         if channels != m.width and not fits:
             raise ValueError(f"a map of {channels} inputs cannot absorb γ_a of {m.width} channels: "
                              f"give the head_dim that divides both")
+        # only a γ_a that is applied to y can move, and only if nothing comes after it
         in_output = m.scale_out is not None and m.placement.output is not None
         can_move = in_output and m.placement.ends_in_u and not self.tied
         if can_move and self not in m.absorbed_by:
@@ -226,8 +231,11 @@ class ScaledLinear(nn.Module):
 
     def effective_weight(self):
         """W̃ (..., m, d): W with the vectors that are multiplied into it, not rounded."""
-        v = self.scale_in() if self.scale_in else None
-        u = self.scale_out() if self.scale_out else None
+        v = u = None
+        if self.scale_in:
+            v = self.scale_in()
+        if self.scale_out:
+            u = self.scale_out()
         W = self.placement.weight(self.weight, v, u, self)
 
         # γ_a of the maps that this one absorbs; each value head may serve several query heads
@@ -239,20 +247,27 @@ class ScaledLinear(nn.Module):
 
     def norm(self, y):
         """Norm over each norm_width channels."""
+        # over each head
         if self.norm_width < self.width:
             return rms_norm(y.unflatten(-1, (-1, self.norm_width)), self.eps).flatten(-2)
+
+        # over the whole output
         if y.size(-1) == self.width:
             return rms_norm(y, self.eps)
-        share = self.width / y.size(-1)  # y ends in zeros, which mean(y²) must not count
+
+        # over the whole output, which ends in zeros that mean(y²) must not count
+        share = self.width / y.size(-1)
         return rms_norm(y, self.eps * share) * share ** 0.5
 
     def output(self, y, routing=None):
         """What follows the product y = W̃ x (..., m): DNP's Norm and γ_a, or nothing."""
         if self.placement.output is None:
             return y
+
+        # γ_a, unless the next map's weight applies it; as long as y, which may end in zeros
         u = None
         if self.scale_out and not self.absorbed_by:
-            u = F.pad(self.scale_out(), (0, y.size(-1) - self.width))  # y may end in zeros
+            u = F.pad(self.scale_out(), (0, y.size(-1) - self.width))
             if routing is not None:
                 u = routing.per_row(u)
         return self.placement.output(y, u, self)
@@ -278,11 +293,17 @@ class PreNorm(nn.Module):
 
     def __init__(self, maps, shared=True, eps=1e-6):
         super().__init__()
-        self.maps, self.eps, self.scale = list(maps), eps, None
+        self.maps = list(maps)
+        self.eps = eps
+        self.scale = None
+
+        # with x / r left out, ε in DNP's norm would have to be ε r²; ε² is near enough for any r
         self.skips_division = all(m.placement.undoes_factor for m in maps)
         if self.skips_division:
             for m in maps:
                 m.eps = eps ** 2
+
+        # one γ_b for all maps: it is this module's, and no longer each map's
         owners = [m for m in maps if m.scale_in]
         reparams = {m.scale_in.reparam for m in owners}
         if shared and len(owners) > 1 and (owners != self.maps or len(reparams) > 1):
@@ -298,7 +319,9 @@ class PreNorm(nn.Module):
     def forward(self, x):
         if not self.skips_division:
             x = rms_norm(x, self.eps)
-        return scale(x, self.scale() if self.scale else None)
+        if self.scale:
+            x = scale(x, self.scale())
+        return x
 
 
 # ---- 6. no linear map follows γ ------------------------------------------------------------------
@@ -313,7 +336,10 @@ class OutputNorm(nn.Module):
             self.scale = ScaleVector((dim,), input_norm=False, absorbable=False, reparam=reparam)
 
     def forward(self, z):
-        return scale(rms_norm(z, self.eps), self.scale() if self.scale else None)
+        z = rms_norm(z, self.eps)
+        if self.scale:
+            z = scale(z, self.scale())
+        return z
 
 
 # ---- 7. making γ disappear -----------------------------------------------------------------------
@@ -345,18 +371,24 @@ def fold_scale_vectors(model):
     the others are written as plain γ (ours)."""
     check_maps(model)
     model = copy.deepcopy(model)
+
+    # a γ_b that several maps share goes into each of their weights, below
     for norm in model.modules():
         if isinstance(norm, PreNorm) and norm.scale and norm.scale.absorbable:
             for m in norm.maps:
-                m.scale_in = norm.scale  # until it is in the weight, below
+                m.scale_in = norm.scale
             norm.scale = None
+
+    # W becomes W̃, and what W̃ has applied is gone. All W̃ come before any W changes, because a map
+    # may apply another's γ_a. A weight that two maps share becomes two
     maps = [m for m in model.modules() if isinstance(m, ScaledLinear) and not m.tied]
-    # all W̃ before any W changes; a weight that two maps share becomes two
     for m, W in zip(maps, [m.effective_weight() for m in maps]):
         m.weight = nn.Parameter(W.to(m.weight.dtype), m.weight.requires_grad)
         m.scale_in, m.absorbs, m.placement = None, [], m.placement._replace(weight=input_weight)
         if m.placement.output is None or m.absorbed_by:
             m.scale_out = None
+
+    # what no weight can take stays, as plain γ
     for _, vector in named_scale_vectors(model):
         vector.alpha = nn.Parameter(vector().clone(), vector.alpha.requires_grad)
         vector.reparam, vector.beta = "none", None
@@ -380,17 +412,25 @@ def weight_decay_groups(model, weight_decay, policy):
     decay, other parameters of one dimension or none do not, and scale vectors do by the policy: a
     name in SCALE_DECAY_POLICIES, or a function of a parameter's name and its ScaleVector."""
     check_maps(model)
-    decays = SCALE_DECAY_POLICIES[policy] if isinstance(policy, str) else policy
+    decays = policy
+    if isinstance(policy, str):
+        decays = SCALE_DECAY_POLICIES[policy]
+
+    # α and β of each ScaleVector by the policy, all else by its dimensions
     vectors = {p: m for _, m in named_scale_vectors(model) for p in m.parameters()}
     groups = {name: [] for name in ("matrices", "others", "scale_decayed", "scale")}
     for name, p in model.named_parameters():
-        group = "matrices" if p.ndim > 1 else "others"
-        if group == "others" and "_fsdp_wrapped_module." in name and p not in vectors:
-            raise ValueError(f"{name} may be a flat piece of a matrix: shard with fully_shard "
-                             f"(FSDP2), which keeps shapes")
         if p in vectors:
             group = "scale_decayed" if decays(name, vectors[p]) else "scale"
+        elif p.ndim > 1:
+            group = "matrices"
+        elif "_fsdp_wrapped_module." in name:
+            raise ValueError(f"{name} may be a flat piece of a matrix: shard with fully_shard "
+                             f"(FSDP2), which keeps shapes")
+        else:
+            group = "others"
         groups[group].append((name, p))
+
     decay = {"matrices": weight_decay, "scale_decayed": weight_decay}
     return [{"name": name, "params": params, "weight_decay": decay.get(name, 0.0)}
             for name, params in groups.items() if params]
@@ -401,11 +441,19 @@ def weight_decay_groups(model, weight_decay, policy):
 def fused(x, maps, routing=None):
     """[m(x) for m in maps] as one product of their stacked effective weights, in x's dtype.
     routing: for stacks of experts, with products and vectors for each row: see fast.Routing."""
-    weights = [padded_weight(m, x.dtype) for m in maps]  # cast before they are stacked
+    # one matrix of all rows; each part is cast before it is copied
+    weights = [padded_weight(m, x.dtype) for m in maps]
     W = weights[0]
     if len(weights) > 1:
         W = torch.cat(weights, dim=-2)
-    product = F.linear(x, W) if routing is None else routing.product(x, W)
+
+    # one product, by one matrix or by each row's expert
+    if routing is None:
+        product = F.linear(x, W)
+    else:
+        product = routing.product(x, W)
+
+    # each map's share of it, and what the map does to that
     ys = product.split([W.size(-2) for W in weights], dim=-1)
     return [m.output(y, routing) for m, y in zip(maps, ys)]
 
