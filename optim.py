@@ -46,6 +46,8 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
                          f"{', '.join(SCALE_DECAY_POLICIES)}")
     by_decay = weight_decay_groups(model, weight_decay, scale_weight_decay)
     groups = {group["name"]: group for group in by_decay}
+
+    # norms.py knows matrices; what they are for decides who gets Muon, and whether the table decays
     matrices = {name: [] for name in ("hidden", "head", "embedding")}
     for name, p in groups.pop("matrices")["params"]:
         if p is model.embedding.weight:
@@ -65,7 +67,9 @@ def param_groups(model, weight_decay, scale_weight_decay="all", decay_embeddings
             decay = 0.0
         if params:
             found.append({"name": name, "params": params, "weight_decay": decay, "lr_scale": 1.0})
-    rates = {"scale": scale_lr, "scale_decayed": scale_lr}  # a fork may have others of 1 dimension
+
+    # scale_lr is for scale vectors alone: a fork may have other parameters of one dimension
+    rates = {"scale": scale_lr, "scale_decayed": scale_lr}
     return found + [{**group, "lr_scale": rates.get(group["name"], 1.0)}
                     for group in groups.values()]
 
@@ -79,13 +83,22 @@ def orthogonalize(M, steps=5):
     tiny ones stay below. M (k, m, n), k matrices at once -> (k, m, n)."""
     a, b, c = 3.4445, -4.775, 2.0315
     X = M.bfloat16()
+
+    # X Xᵀ is the smaller product if X is wide
     tall = M.size(-2) > M.size(-1)
-    X = X.mT if tall else X
+    if tall:
+        X = X.mT
+
+    # no singular value is above 1 then, as the iteration needs it
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+
+    # each singular value s becomes a s + b s³ + c s⁵
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.mT if tall else X
+    if tall:
+        X = X.mT
+    return X
 
 
 class Muon(torch.optim.Optimizer):
@@ -104,7 +117,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, by_shape = group["lr"], group["momentum"], {}
+            lr, momentum = group["lr"], group["momentum"]
+
+            # momentum, matrix by matrix
+            by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
                     if "momentum_buffer" not in self.state[p]:
@@ -114,6 +130,7 @@ class Muon(torch.optim.Optimizer):
                     update = p.grad.lerp(buffer, momentum).bfloat16()
                     by_shape.setdefault(tuple(p.shape[-2:]), []).append((p, update))
 
+            # all matrices of one shape as one batch, and each part back to its owner
             for (m, n), members in by_shape.items():
                 stacks = [update.view(-1, m, n) for _, update in members]
                 updates = orthogonalize(torch.cat(stacks)).split([len(stack) for stack in stacks])
@@ -208,8 +225,12 @@ def learning_rate(step, config):
     if step < c.warmup_iters:
         return c.learning_rate * (step + 1) / c.warmup_iters
 
+    # where the way down begins, and its shape
     begin, shape = c.warmup_iters, "cosine"
     if c.schedule == "wsd":
-        begin, shape = c.max_iters - max(1, round(c.decay_share * c.max_iters)), c.decay_shape
+        begin = c.max_iters - max(1, round(c.decay_share * c.max_iters))
+        shape = c.decay_shape
+
+    # s goes from 0 to 1 on it
     s = min(1.0, max(0.0, (step - begin) / max(1, c.max_iters - begin)))
     return c.min_lr + (c.learning_rate - c.min_lr) * DECAY_SHAPES[shape](s)

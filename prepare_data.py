@@ -98,9 +98,12 @@ class ShardWriter:
     def __init__(self, folder, split, dtype, shard_tokens, record):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.itemsize, self.record = np.dtype(dtype).itemsize, record
+
+        # the shards that are finished are whole
         for shard in record["shards"]:
             if len(Shard(folder / shard["name"])) != shard["tokens"]:
                 raise ValueError(f"{folder / shard['name']} has another number of tokens")
+
         # tokens of the next shard, which is unfinished
         self.count = record["tokens"] - sum(shard["tokens"] for shard in record["shards"])
         if self.count and self.path().stat().st_size < self.size():
@@ -118,6 +121,7 @@ class ShardWriter:
         self.record["tokens"] += len(tokens)
         self.record["bytes"] += text_bytes
         self.record["documents"] += documents
+        # fill the unfinished shard, then the next one
         while len(tokens):
             part, tokens = np.split(tokens, [self.shard_tokens - self.count])
             with open(self.path(), "r+b" if self.count else "wb") as f:
@@ -138,6 +142,8 @@ class ShardWriter:
         """Finish the unfinished shard, if there is one."""
         if not self.count:
             return
+
+        # the header goes in last, so that a file that has one is whole
         header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
         header[:4] = MAGIC, 1, self.count, self.itemsize
         with open(self.path(), "r+b") as f:
@@ -163,6 +169,9 @@ class Preparation:
             split: {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
             for split in ("train", "val")}}
         is_new = not {path.name for path in partial.iterdir()} - {"lock", "progress.json.tmp"}
+
+        # what is there must be of the same options and the same input, or documents would come
+        # twice or be missing
         try:
             if not is_new:
                 progress = json.loads((partial / "progress.json").read_bytes())
@@ -205,6 +214,7 @@ class Preparation:
             ids = self.encoding.encode_to_numpy(text, disallowed_special=())
             return np.append(ids, self.encoding.eot_token).astype(self.dtype)
 
+        # each document goes to its split, by its text alone
         texts = {"train": [], "val": []}
         for text, _ in chunk:
             held_out = is_validation(text, self.options["val_fraction"])
@@ -220,6 +230,7 @@ class Preparation:
         before, started = self.tokens(), time.monotonic()
         shown = started
         for parts, position in map_in_order(self.tokenize, chunks, workers):
+            # after a finished shard a resume can start from here
             self.position = position
             finished = [self.writers[split].write(*part) for split, part in parts.items()]
             if any(finished):
@@ -284,10 +295,14 @@ def prepare(source, out, encoding, name, val_fraction=0.01, field="text", max_do
             raise ValueError(f"--{option} {value} must be above 0 and below {limit}")
     if get_encoding(encoding).eot_token is None:
         raise ValueError(f"--encoding {encoding} cannot tokenize text: choose bytes or gpt2")
+
+    # files become documents as they are read; a Hugging Face dataset has them already
     documents = source
     if isinstance(source, list):
         max_document = max_document or default_max_document(source, val_fraction)
         documents = FileInput(source, field, max_document, skip_bad)
+
+    # the work goes beside its place, under a lock
     place = Path(os.path.realpath(os.path.expanduser(out)))  # where a link leads
     partial = place.with_name(f"{place.name}.partial")
     check_out(place, documents.folders)

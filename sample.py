@@ -45,12 +45,17 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=
     size, caches = model.config.block_size, None
     context = idx[:, -size:]
     for _ in range(max_new_tokens):
+        # the context is full: go on from its newer half, whose positions are new
         if context.size(1) > size:
             context, caches = context[:, -(size // 2 or 1):], None
+
+        # without a cache the whole context is read, with one the newest token alone
         if caches is None or not use_cache:
             caches, new = [[] for _ in model.layers], context
         with torch.compiler.set_stance("force_eager"):  # each length would compile anew
             logits = model(new, caches=caches)[0][:, -1].float()
+
+        # the next token: the likeliest, or drawn among the likeliest k
         if top_k:
             least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
             logits[logits < least] = -float("inf")

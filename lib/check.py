@@ -67,6 +67,8 @@ def measure(model, batch, loss):
     finally:
         for hook in hooks:
             hook.remove()
+
+    # one backward pass, to the parameters and to every γ that was returned
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     flat = [gamma for gammas in returned.values() for gamma in gammas if gamma.requires_grad]
     found = torch.autograd.grad(value, [*params.values(), *flat], allow_unused=True)
@@ -132,6 +134,7 @@ def idle_lengths(model, batch, loss, gammas):
     for name, vector in named_scale_vectors(model):
         if not isinstance(vector.beta, torch.nn.Parameter) or name not in gammas:
             continue
+        # a gradient that cancels is suspect: then look whether the loss changes with β at all
         terms = gammas[name][0] * gammas[name][1]
         if terms.sum().abs() > 1e-3 * terms.abs().sum():
             continue
@@ -154,6 +157,8 @@ def double_vectors(model, gammas, gradients):
         if name.endswith(".scale_in") and gamma.ndim == 1:
             parent = name.rpartition(".")[0].rpartition(".")[0]
             groups.setdefault((parent, len(gamma)), []).append((name, gamma * gradient))
+
+    # every other vector of that width whose gradient is a sum of theirs
     scales = {id(p) for _, vector in named_scale_vectors(model) for p in vector.parameters()}
     found = []
     for name, p in model.named_parameters():

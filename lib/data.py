@@ -49,6 +49,7 @@ class Shard:
         magic, version, self.tokens, itemsize = header.tolist()
         size, self.offset = self.state[0], HEADER_BYTES
 
+        # ours says how wide a token is; llm.c's are of two bytes; nanoGPT's files have no header
         if magic == LLMC_MAGIC:
             itemsize = 2
         elif magic != MAGIC and self.path.name in ("train.bin", "val.bin"):
@@ -56,6 +57,8 @@ class Shard:
         elif magic != MAGIC:
             raise ValueError(f"{self.path}: wrong magic {magic}, not {MAGIC} (ours) or {LLMC_MAGIC}"
                              f" (llm.c); a file without a header must be train.bin or val.bin")
+
+        # the size must be what the header says
         is_whole = self.tokens > 0 and size == self.offset + self.tokens * itemsize
         if version != 1 or itemsize not in (2, 4) or not is_whole:
             raise ValueError(f"{self.path}: truncated or damaged: {size:,} bytes cannot be "
@@ -129,6 +132,7 @@ class Split:
         return int(self.first_window[-1])
 
     def __getitem__(self, indices):
+        # each window is read from its shard, and x and y are views of it
         T = self.block_size
         windows = np.empty((len(indices), T + 1), dtype=np.int64)
         shard_of = np.searchsorted(self.first_window, indices, side="right") - 1
@@ -191,6 +195,7 @@ class Dataset:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is a file: give its folder {self.folder.parent}")
 
+        # our meta.json knows the tokenizer and the shards; other folders are known by file names
         if (self.folder / "meta.json").exists():
             self.tokenizer, needed, self.val_bytes_per_token, shards = read_meta(self.folder)
             vocab_size = needed if vocab_size is None else vocab_size
@@ -203,6 +208,8 @@ class Dataset:
         self.checksums = {**shards["train"], **shards["val"]}
         self.train, self.val = (self._open_split(split, shards[split], block_size, vocab_size)
                                 for split in ("train", "val"))
+
+        # a small dataset is read in full, a large one only on demand
         opened = self.train.shards + self.val.shards
         size = sum(len(shard) * shard.dtype.itemsize for shard in opened)
         if verify or (verify is None and size <= VERIFY_AT_START):
@@ -288,6 +295,7 @@ def permute(index, n, seed):
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
         return (left << h) | right
 
+    # walk on from each image that is outside
     index = feistel(index)
     while (outside := index >= n).any():
         index[outside] = feistel(index[outside])

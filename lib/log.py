@@ -51,10 +51,14 @@ class RunLog:
         """Returns the checkpoint to resume from, or None. Raises ValueError if the folder cannot
         be used."""
         config, out, where = self.config, self.out, f"out_dir={self.config.out_dir!r}"
+
+        # a folder with a run in it is refused, unless the run is to go on
         held = [n for n in ("config.json", "log.jsonl", "summary.json") if (out / n).exists()]
         if (held or checkpoints(out)) and not (config.resume or self.is_restarted()):
             raise ValueError(f"{where} holds a run: continue it with --resume, or choose another "
                              f"--out_dir")
+
+        # one process at a time
         try:
             out.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training in {where}: choose another --out_dir"
@@ -62,6 +66,8 @@ class RunLog:
         except OSError as error:
             raise ValueError(f"{where} cannot be written ({error.strerror}): choose another "
                              f"--out_dir") from None
+
+        # the newest whole checkpoint, if it is of this run
         if newest := newest_checkpoint(out):
             changed_keys(config, dataset, *newest)
             self.first_step = newest[1]["step"]
@@ -126,6 +132,8 @@ class RunLog:
         """Write the step that run.step has just counted and that took so many seconds, and show it
         if it is its turn. Raises FloatingPointError after max_bad_steps that were not finite."""
         step, steps = run.step - 1, self.config.max_iters
+
+        # the log has every step
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         rate = tokens_per_step(self.config) / seconds if self.began else None
@@ -133,6 +141,8 @@ class RunLog:
         mfu = rate * flops_per_token(run.model) / peak if rate and peak else None
         self.write("train", step=step, loss=loss if finite else None, lr=lr, tokens_per_s=rate,
                    grad_norm=grad_norm if finite else None, mfu=mfu)
+
+        # the screen has some of them, and each that is not finite
         shows = step % self.config.log_interval == 0 or step == steps - 1
         if shows:
             self.routers(run, routers)
@@ -163,10 +173,11 @@ class RunLog:
     def check_bad_steps(self, step, most):
         """Raise FloatingPointError if the last `most` steps or more were not finite."""
         if self.bad_steps >= most:
-            found = checkpoints(self.out)
-            advice = (f"The last checkpoint is {found[-1]}; resume with a lower --learning_rate. If"
-                      f" no step after it is finite, move it away: the one before is used") \
-                if found else "There is no checkpoint: start again with a lower --learning_rate"
+            advice = "There is no checkpoint: start again with a lower --learning_rate"
+            if found := checkpoints(self.out):
+                advice = (f"The last checkpoint is {found[-1]}; resume with a lower "
+                          f"--learning_rate. If no step after it is finite, move it away: the one "
+                          f"before is used")
             raise FloatingPointError(
                 f"{self.bad_steps} steps in a row up to step {step} were not finite (max_bad_steps="
                 f"{self.config.max_bad_steps}): stopped. {advice}")
@@ -236,6 +247,8 @@ def logit_scale(run):
 def describe(run):
     """Print what is about to run."""
     config, process, model, say = run.config, run.process, run.model, run.log.say
+
+    # sizes, data, machine
     params, scales = num_params(model), scale_params(model)
     active = f" ({active_params(model):,} active)" if config.model.n_expert else ""
     tokens, step_tokens = run.dataset.train.tokens, tokens_per_step(config)
@@ -248,11 +261,15 @@ def describe(run):
     say(f"{process.world_size} x {process.device.type}, {str(process.dtype)[6:]}, {compiled}, "
         f"{run.batches.micro_steps} x {run.batches.micro_batch} sequences of "
         f"{config.model.block_size} in each process")
+
+    # threads that wait for each other make a run ten times slower
     threads, cores = torch.get_num_threads(), os.cpu_count()
     load = os.getloadavg()[0]
     if process.device.type == "cpu" and threads > 1 and load + threads > cores + 0.5:
         say(f"this machine is busy (load {load:.1f}, {cores} cores), and {threads} threads would "
             f"wait for each other: set OMP_NUM_THREADS=1")
+
+    # which map has which vectors, and what lib/check.py has found
     decayed = {name for group in run.optimizer.param_groups if group["weight_decay"]
                for name in group["param_names"]}
     for line in (*map_table(model, decayed), *run.problems):

@@ -155,9 +155,11 @@ def summarize(study, losses):
     the rate that is best for the first row, the paper's protocol; "own": each row at its own best
     rate (`own_rate`), if more than one was tried. A comparison has "row", "other", the paper's
     values and `paired` by both protocols."""
+    # rates come from the seeds that tune; all else from those that count
     best, out = best_rates(losses, study, whole=False), {}
     losses = {cell: loss for cell, loss in losses.items() if study.counts(cell.seed)}
     for model in study.models:
+        # the paper's protocol, the first row's rate for all, and each row's own rate
         labels = study.rows_of(model)
         tuned = best[model, labels[0]]
         own = {row: own_rate(losses, study, model, row, best[model, row], tuned)
@@ -167,6 +169,8 @@ def summarize(study, losses):
                  for protocol, of_row in rates.items() for row, rate in of_row.items()}
         rows = {row: {protocol: describe(found[protocol, row], rates[protocol][row])
                       for protocol in rates if found.get((protocol, row))} for row in labels}
+
+        # differences by both protocols, of the rows that have a rate in each
         comparisons = [{"row": row, "other": other, "paper": paper,
                         **{protocol: paired(found[protocol, row], found[protocol, other])
                            for protocol, of_row in rates.items()
@@ -230,9 +234,12 @@ def compute_multiplier(compute, losses, others):
     With the fitted lines, C'/C = exp(g / b), b the exponent of `others` and g the difference of the
     lines in log L at the largest C, a weighted sum of the differences at all sizes. Its interval
     comes from all seeds of all sizes, paired; b is known far better than g, and is held fixed."""
+    # the two fitted lines, each through the means of the seeds that both have
     seeds = [sorted(a.keys() & b.keys()) for a, b in zip(losses, others)]
     laws = [power_law(compute, [statistics.mean(d[s] for s in shared)
                                 for d, shared in zip(side, seeds)]) for side in (others, losses)]
+
+    # how far apart they are at the largest compute, and how sure that is
     x = np.log(compute) - np.mean(np.log(compute))
     weights = 1 / len(x) + x[np.argmax(x)] * x / (x @ x)  # of each size in the line's value there
     groups = [[math.log(b[s] / a[s]) for s in shared]

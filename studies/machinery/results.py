@@ -118,12 +118,15 @@ def record_of(cell, run, loss, study):
 
 def collect(study, scale, runs, planned):
     """What the JSON of a study holds. runs {cell: Run}; planned: the cells that the study needs."""
+    # what each run has found, and what the rows' differences are
     losses = losses_of(study, runs)
     records = [record_of(cell, runs[cell], loss, study) for cell, loss in losses.items()]
     flops = {name: flops_of(model) for name, model in study.models.items()}
     models = {name: {**asdict(model), "flops": flops[name]} for name, model in study.models.items()}
     found = summarize(study, losses)
     by_documents(study, records, found)
+
+    # beside them the study itself, so that tables and pictures need nothing else
     of_study = {key: getattr(study, key) for key in (
         "title", "question", "picture", "panels", "rows", "seeds", "tuning_seeds", "rule", "costs",
         "paper_losses", "step_times", "primary")}

@@ -85,12 +85,15 @@ def run_phase(runs, args, children):
     todo, failed = [run for run in runs if not run.has_ended], []
     begun, made, total = time.monotonic(), 0, len(todo)
     while todo or children:
+        # as many at once as were asked for, each in a slot of its own, which chooses its GPU
         while todo and len(children) < args.jobs:
             run = todo.pop(0)
             verb = "resumes" if run.state == "interrupted" else "starts"
             print(f"  {verb}  {run.folder.name}", flush=True)
             slot = min(set(range(args.jobs)) - {child.slot for child in children})
             children.append(start(run, slot))
+
+        # the next one that ends, however it ends
         child = wait(children)
         ended, line = outcome(child.run, child.returncode)
         where, took = child.run.folder, duration(time.monotonic() - child.started)
@@ -122,8 +125,11 @@ def run_missing(work, args):
     children = []
     announce(work, args)
     try:
+        # first the grids of the rows that are tuned
         tuning = work.find_all(work.study.tuning_cells(work.rows)).values()
         failed = run_phase(tuning, args, children)
+
+        # then every row with every seed, at the rates that these have found
         cells = work.find_all(work.cells(work.rows, work.seeds, whole=True)).values()
         return failed + run_phase([run for run in cells if run not in tuning], args, children)
     except BaseException:
