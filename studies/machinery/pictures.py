@@ -57,21 +57,33 @@ def runs_at(results, model, row, rate):
 
 def forest_panel(axis, results, lines):
     """A line a comparison: the mean difference, its 95% interval, and a cross at the paper's value.
-    lines [(label, row, paired, paper's value or None)], the first on top."""
+    lines [(model, row, other row, paired, paper's value or None)], the first on top."""
     axis.axvline(0, color="black", linewidth=1)
+    models, others = {model for model, *_ in lines}, {other for _, _, other, *_ in lines}
     labels = []
-    for place, (label, row, found, paper) in enumerate(lines):
+    for place, (model, row, other, found, paper) in enumerate(lines):
         color = color_of(results, row)
         if found["low"] is not None:
             axis.plot([found["low"], found["high"]], [place, place], color=color, linewidth=2)
         axis.plot(found["difference"], place, "o", color=color, markersize=5)
         if paper is not None:
             axis.plot(paper, place, "x", color="black", markersize=6)
+        # what all lines share stands below them, or nowhere
+        label = row
+        if len(models) > 1:
+            label = f"{model}: {label}"
+        if len(others) > 1:
+            label += f" against {other}"
         labels.append(f"{label}\n{signed(found['difference'])}, {found['seeds']} seeds")
-    axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(len(labels) - 0.4, -0.6)
-    axis.set_xlabel(f"difference, {OURS}, and its 95% over seeds\n×: the paper's, as the same part "
-                    "of the loss", fontsize=8)
+    what = "difference"
+    if len(others) == 1:
+        what = f"difference from {others.pop()}"
+    what += f", {OURS}, and its 95% over seeds"
+    if any(paper is not None for *_, paper in lines):
+        what += "\n×: the paper's, as the same part of the loss"
+    axis.set_xlabel(what, fontsize=8)
     axis.xaxis.set_major_locator(plt.MaxNLocator(5))
     axis.grid(alpha=0.3, axis="x")
 
@@ -86,7 +98,7 @@ def compared(results, protocol="tuned", others=()):
             where = model if model in c["paper"] else next(iter(c["paper"]), None)
             whole = results["paper_losses"].get(where)
             paper = c["paper"][where] / whole * found["of"] if whole else None
-            lines.append((f"{model}: {c['row']} against {c['other']}", c["row"], found, paper))
+            lines.append((model, c["row"], c["other"], found, paper))
     return lines
 
 
@@ -98,8 +110,8 @@ def forest(results):
     forest_panel(axis, results, lines)
     if times := results["step_times"]:
         axis.text(1.02, 1.01, times["what"], fontsize=7, va="bottom", transform=axis.transAxes)
-        for place, (_, row, _, _) in enumerate(lines):
-            axis.text(1.02, place, times.get(row, "?"), fontsize=7, va="center",
+        for place, (_, row, *_) in enumerate(lines):
+            axis.text(1.02, place, times.get(row, "–"), fontsize=7, va="center",
                       transform=axis.get_yaxis_transform())
     return figure
 
@@ -176,7 +188,9 @@ def learning_rates(results):
 def scaling(results):
     """Left: terminal loss over compute, both axes logarithmic, with the fits L = a C^-b, which end
     where their sizes end; a size that no fit has is hollow. Right: the difference at each size."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 5), layout="constrained",
+    lines = compared(results)
+    height = max(5, 1.2 + 0.38 * (len(lines) + len(results["fits"])))
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, height), layout="constrained",
                                 width_ratios=(1, 1.3))
     fits, fitted = results["fits"], {model for fit in results["fits"] for model in fit["models"]}
     for row in results["rows"]:
@@ -198,10 +212,10 @@ def scaling(results):
     axes[0].yaxis.set_minor_formatter("")
     finish(axes[0], 1, xlabel="training compute (FLOPs)",
            ylabel=f"terminal validation loss, {OURS}")
-    means = [(f"mean of {fit['sizes']} sizes: {fit['row']} against {fit['other']}", fit["row"],
+    means = [(f"mean of {fit['sizes']} sizes", fit["row"], fit["other"],
               {**fit["gain"], "seeds": "all"}, None) for fit in fits]
     # where the paper's sizes are none of ours, it has no value to compare with
-    forest_panel(axes[1], results, [*((*line[:3], None) for line in compared(results)), *means])
+    forest_panel(axes[1], results, [*((*line[:4], None) for line in lines), *means])
     return figure
 
 

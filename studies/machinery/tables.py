@@ -26,9 +26,15 @@ README_ROWS = (
      "figure_5_step_by_step_cpu", "unified", "baseline without decay on γ", "tuned"),
     ("ours: the same on fresh seeds, all windows", "adopt_cpu", "unified",
      "baseline without decay on γ", "own"),
-    ("ours: unified, against Q/K-norm without decay on γ, each at its own rate", "adopt_cpu",
-     "unified", "Q/K-norm without decay on γ", "own"),
+    ("ours: and at 20 tokens a parameter in place of 5.6", "adopt_long", "unified",
+     "baseline without decay on γ", "own"),
+    ("ours: unified, against Q/K-norm without decay on γ, each at its own rate, fresh seeds",
+     "adopt_cpu", "unified", "Q/K-norm without decay on γ", "own"),
+    ("ours: and at 20 tokens a parameter", "adopt_long", "unified",
+     "Q/K-norm without decay on γ", "own"),
     ("ours: unified but the head, against the same Q/K-norm", "adopt_cpu", "unified but the head",
+     "Q/K-norm without decay on γ", "own"),
+    ("ours: and at 20 tokens a parameter", "adopt_long", "unified but the head",
      "Q/K-norm without decay on γ", "own"))
 
 
