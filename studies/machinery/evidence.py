@@ -122,7 +122,7 @@ def by_seed(losses, model, row, rate, tuning=False):
 
 def best_rate(losses, study, model, row, whole=True):
     """The rate of least mean loss over the tuning seeds; None until every rate has them all. whole:
-    every rate of the grid; otherwise every rate that the first row has, as tried so far. If all
+    every rate of its grid; otherwise those of them that the first row has tried so far. If all
     diverged, the smallest rate."""
     row = study.follows.get(row, row)
 
@@ -132,8 +132,10 @@ def best_rate(losses, study, model, row, whole=True):
         return {rate: statistics.mean(at[s] for s in study.tuning_seeds)
                 for rate, at in found.items() if at.keys() >= set(study.tuning_seeds)}
     rates = means(row)
-    needed = study.rates_of(model, row) if whole else means(study.rows_of(model)[0])
-    return min(rates, key=rates.get) if rates and rates.keys() >= set(needed) else None
+    needed = set(study.rates_of(model, row))
+    if not whole:
+        needed &= means(study.rows_of(model)[0]).keys()
+    return min(rates, key=rates.get) if rates and rates.keys() >= needed else None
 
 
 def best_rates(losses, study, whole=True):

@@ -105,7 +105,8 @@ def record_of(cell, run, loss, study):
     if cell.row == "yours":
         record["code"] = run.code
     if run.record:
-        return {**run.record, "tuning": cell.tuning, **record}
+        of_run = {key: value for key, value in run.record.items() if key != "tuning"}
+        return {**of_run, **record}
     if record["state"] == "done":
         summary = run.summary()
         record |= {key: summary[key] for key in NUMBERS}

@@ -202,6 +202,10 @@ def test_two_phases():
     losses = {cell: 1 / cell.learning_rate for cell in wider.tuning_cells(wider.rows)}
     best = evidence.best_rates(losses, wider)
     assert best == {("m", "a"): 2e-3, ("m", "b"): 4e-3, ("m", "c"): 4e-3}
+    first = {**MODEL, "more_rates": {"a": (4e-3,)}}  # a rate that only the first row tries
+    first = tiny_study(models={"m": first}, tuned=("b",), comparisons={})
+    losses = {cell: 1 / cell.learning_rate for cell in first.tuning_cells(first.rows)}
+    assert evidence.best_rates(losses, first, whole=False) == {("m", "a"): 4e-3, ("m", "b"): 2e-3}
     assert [c[1:3] for c in wider.seed_cells(wider.rows, (1,), best)] == [
         ("a", 2e-3), ("b", 2e-3), ("b", 4e-3), ("c", 4e-3)]
     figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
