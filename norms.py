@@ -1,6 +1,6 @@
 """
-Scale vectors: everything this project is about, in one file to copy (MIT licence). It
-imports torch only.
+Scale vectors: everything this project is about, in one file to copy (MIT licence).
+It imports torch only.
 
   1. the normalization     rms_norm
   2. how γ is written      REPARAMS: OR, ER, and γ = 1 + α

@@ -53,7 +53,8 @@ class RunLog:
         config, out, where = self.config, self.out, f"out_dir={self.config.out_dir!r}"
 
         # a folder with a run in it is refused, unless the run is to go on
-        held = [n for n in ("config.json", "log.jsonl", "summary.json") if (out / n).exists()]
+        names = "torchrun", "config.json", "log.jsonl", "summary.json"
+        held = [name for name in names if (out / name).exists()]
         if (held or checkpoints(out)) and not (config.resume or self.is_restarted()):
             raise ValueError(f"{where} holds a run: continue it with --resume, or choose another "
                              f"--out_dir")

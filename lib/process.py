@@ -42,11 +42,16 @@ def compile_model(model, **how):
     model.compiled = True
 
 
+def under_torchrun():
+    """Another program may have left some of its variables, or empty ones."""
+    return all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")))
+
+
 def torchrun():
-    """(rank, number of processes, rank on this machine), as torchrun sets them. Another program may
-    have left some of its variables, or empty ones: then this process is the only one."""
+    """(rank, number of processes, rank on this machine), as torchrun sets them; without it this
+    process is the only one."""
     env = os.environ
-    if not all(env.get(key) for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+    if not under_torchrun():
         return 0, 1, 0
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK") or 0)
 
@@ -54,9 +59,9 @@ def torchrun():
 def restarts_of_torchrun():
     """(how often torchrun has started its processes again, a name for this very torchrun: machine,
     process, and where it is known when that began). (0, "") without it."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if not count:
+    if not under_torchrun():
         return 0, ""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0
     agent, began = os.getppid(), ""
     with contextlib.suppress(OSError):  # only Linux has it
         stat = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8", errors="replace")

@@ -242,7 +242,8 @@ def primary_table(folder):
     whole = len(found) == 4 and all(own and own["seeds"] >= seeds for _, _, own, seeds in found)
     adjusted = [None] * len(found)
     if whole:  # a comparison with a run that diverged has no p, and takes part as if it were 1
-        adjusted = holm([p_value(own) or 1.0 for _, _, own, _ in found])
+        values = [p_value(own) for _, _, own, _ in found]
+        adjusted = holm([1.0 if p is None else p for p in values])
     rows = []
     for (where, c, own, seeds), holms in zip(found, adjusted):
         documents = (own or {}).get("documents")

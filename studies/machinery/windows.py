@@ -13,6 +13,7 @@ from lib.data import Dataset
 from lib.disk import write_whole
 from sample import load_model
 from studies.machinery.plan import ROOT
+from studies.machinery.runs import read_json
 
 BATCH = 32  # windows at a time
 
@@ -22,10 +23,10 @@ def every_window(folder):
     """{"loss": nats a token over all windows, "tokens": [of each document], "losses": [nats a token
     of each document]} of the newest checkpoint in a run's folder."""
     model, encoding, step = load_model(folder)
-    steps = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))["steps"]
+    steps = read_json(Path(folder) / "summary.json")["steps"]
     if step != steps:
         raise ValueError(f"its last whole checkpoint is of step {step}, not {steps}")
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(folder) / "config.json")
     where = ROOT / Path(config["dataset"]).expanduser()
     split = Dataset(where, config["block_size"], config["vocab_size"]).val
 

@@ -183,7 +183,7 @@ def test_compiling_without_a_compiler(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("left", [
-    {"RANK": "2"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "7"},
+    {"RANK": "2"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "7"}, {"TORCHELASTIC_RESTART_COUNT": "1"},
     dict.fromkeys(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"), "")])
 def test_what_another_program_left_in_the_environment(monkeypatch, left):
     """Half of what torchrun sets, or nothing in it: the process is on its own, writes its run on
@@ -194,6 +194,7 @@ def test_what_another_program_left_in_the_environment(monkeypatch, left):
         monkeypatch.setenv(key, value)
     process = Process()
     assert process.is_main and process.world_size == 1 and process.local_rank == 0
+    assert process.restarts == 0 and process.torchrun == ""
     with pytest.raises(SystemExit):
         hard_exit(3)
 

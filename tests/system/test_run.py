@@ -115,7 +115,7 @@ def test_out_dir_is_guarded(undisturbed, dataset, tmp_path):
     assert "continue it with --resume, or choose another" in refused(*start(out, dataset))
     assert "is a checkpoint of another run" in refused(*start(out, dataset, "--resume"))
     assert content(out) == before
-    for name in ("config.json", "summary.json", "log.jsonl"):
+    for name in ("torchrun", "config.json", "summary.json", "log.jsonl"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine", "utf-8")
         for key in ("--resume=False", "--resume"):
