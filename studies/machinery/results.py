@@ -37,15 +37,14 @@ def load_results(path):
                          "--results") from None
 
 
-def load_records(own, with_norms=False):
+def load_records(own):
     """{digest of settings: [run, ...]} of all studies' JSONs in the folder of `own`, whose runs
-    come first. with_norms: only runs that have the norms of matrices."""
+    come first."""
     records = {}
     for path in sorted(own.parent.glob("*.json"), key=lambda path: (path != own, path)):
         if '"study"' in path.read_text(encoding="utf-8", errors="replace")[:100]:
             for run in load_results(path)["runs"]:
-                if "norms" in run or not with_norms:
-                    records.setdefault(run["settings"], []).append(run)
+                records.setdefault(run["settings"], []).append(run)
     return records
 
 

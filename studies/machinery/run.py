@@ -41,22 +41,23 @@ class Work:
 
     def __init__(self, study, path, args):
         self.study, self.out, self.known = study, args.out, {}
-        self.records = results.load_records(path, bool(study.matrices))
-        self.with_windows = {settings: [run for run in runs if "windows" in run]
-                             for settings, runs in self.records.items()}
+        self.records = results.load_records(path)
         self.rows, self.seeds = study.select_rows(args.rows), args.seeds or study.seeds
         self.earlier = results.cells_before(path, study, self.find)
 
     def find(self, cell):
-        """The Run of a cell. Of a row of yours only runs by today's code count."""
+        """The Run of a cell. Of a row of yours only runs by today's code count, and of committed
+        runs those that have what the study reads."""
         if cell not in self.known:
             label = cell.row if len(self.study.models) == 1 else f"{cell.model} {cell.row}"
             code = code_now() if cell.row == "yours" else ""
-            records = self.records
+            needs = set()
+            if self.study.matrices:
+                needs.add("norms")
             if self.study.every_window and self.study.counts(cell.seed):
-                records = self.with_windows
-            self.known[cell] = find_run(self.out, records, label, self.study.models[
-                cell.model].config, self.study.keys(cell), code)
+                needs.add("windows")
+            self.known[cell] = find_run(self.out, self.records, label, self.study.models[
+                cell.model].config, self.study.keys(cell), code, needs)
         return self.known[cell]
 
     def find_all(self, cells):

@@ -108,12 +108,12 @@ class Run:
         return self.record or read_json(self.folder / "made_by.json")
 
 
-def find_run(out, records, label, config_file, keys, code=""):
+def find_run(out, records, label, config_file, keys, code="", needs=frozenset()):
     """The Run of these keys on top of a config file: in the folder under `out` whose name ends in
     the hash of its settings, whatever row it was made for, or in a new one; if none has ended, one
     of `records`, {digest of settings: [run of a results JSON, ...]}, on equal data. code: a hash,
-    for a row of yours: only a run that this code made counts. Raises ValueError if the folder
-    holds a run of other settings, or on other data."""
+    for a row of yours: only a run that this code made counts. needs: what a record must have.
+    Raises ValueError if the folder holds a run of other settings, or on other data."""
     arguments = [config_file, *(f"--{k}={v}" for k, v in keys.items())]
     settings = settings_of(to_dict(config_of(config_file, keys)))
     key, data = digest(settings), data_of(settings.get("dataset", DEFAULTS["dataset"]))
@@ -132,7 +132,8 @@ def find_run(out, records, label, config_file, keys, code=""):
             raise ValueError(f"{folder} holds a run on other data than this machine has (the "
                              "standard library of another Python?): give another --out")
     for record in records.get(key, ()) if not run.has_ended else ():
-        if data in ("", record["data"]) and code == record.get("code", ""):
+        fits = data in ("", record["data"]) and code == record.get("code", "")
+        if fits and needs <= record.keys():
             run.record, run.data = record, record["data"]
             break
     return run
