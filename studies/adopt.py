@@ -14,9 +14,13 @@ counts is the loss of the last checkpoint on every window of the validation spli
 paired t-test over the ten seeds; Holm's procedure holds the error of the four together at 5%.
 Beside it stands an interval from a bootstrap over seeds and validation files. All else is
 exploratory. A comparison that has fewer than ten seeds by the time it is told is told with the
-seeds it has, and is not called primary until it has all of them."""
+seeds it has, and is not called primary until it has all of them.
+
+All four came out as "cannot tell". So a fifth comparison was written down, before its first run:
+unified against Q/K-norm once more, on forty other seeds (the scale `confirm`), told when all are
+made, by a paired t-test of its own."""
 from studies.common import (
-    CPU_MODEL, DNP, DP, HG, IWD, LONG, NO_DECAY, OR, UNIFIED)
+    CPU_MODEL, DNP, DP, HG, IWD, LONG, NO_DECAY, OR, UNIFIED, shape)
 
 ON_MAPS = {"scale_placement_on": "q,k,v,gate,up"}  # not on the head
 QK_NORM = {**NO_DECAY, "qk_norm": True}
@@ -72,20 +76,28 @@ SEEDS = tuple(range(11, 21))
 WITH_QK_NORM = {row: MODERN for row, keys in rows.items() if "qk_norm" in keys and row != MODERN}
 MORE_RATES = {MODERN: (16e-3,)}
 SCALE = {"seeds": SEEDS, "tuning_seeds": (1, 2), "tuned": DECIDING}
-# tuned where `cpu` is: the keys of configs/study_cpu.py
-AS_CPU = {"batch_size": 4, "max_iters": 2500, "eval_interval": 250, "eval_windows": 320,
+# tuned where `cpu` is: the shape and the keys of configs/study_cpu.py
+AS_CPU = {**shape(4, 64, 4, 4), "max_iters": 2500, "eval_interval": 250, "eval_windows": 320,
           "compile": "auto"}
+OWN = {**SCALE, "own_rates_only": True}
 scales = {
     "cpu": {**SCALE, "follows": WITH_QK_NORM,
             "models": {"0.23M": {**CPU_MODEL, "more_rates": MORE_RATES}}},
-    "long": {**SCALE, "models": {"0.23M": {**LONG["0.23M"], "tuning": AS_CPU,
-                                           "more_rates": MORE_RATES, "rows": DECIDING}}},
-    # exploratory: another optimizer, at the rate that was best for its baseline, and another
-    # corpus; compiled, which is twice as fast
-    "muon": {**SCALE, "models": {"0.23M": {
+    "long": {**OWN, "models": {"0.23M": {**LONG["0.23M"], "tuning": AS_CPU,
+                                         "more_rates": MORE_RATES, "rows": DECIDING}}},
+    # the fifth comparison: as `cpu`, but compiled
+    "confirm": {**OWN, "seeds": tuple(range(21, 61)), "models": {"0.23M": {
+        **CPU_MODEL, "keys": {"compile": True}, "tuning": AS_CPU, "more_rates": MORE_RATES,
+        "rows": (MODERN, "unified")}}},
+    # exploratory: `long` at twice the size, at the rates of 0.23M
+    "larger": {**OWN, "models": {"0.46M": {**LONG["0.46M"], "tuning": AS_CPU,
+                                           "more_rates": MORE_RATES, "rows": (MODERN, "unified")}}},
+    # exploratory: another optimizer, tuned around 8e-3, figure 8's rate, and another corpus;
+    # compiled
+    "muon": {**OWN, "models": {"0.23M": {
         **CPU_MODEL, "keys": {"optimizer": "muon", "compile": True},
-        "learning_rates": (8e-3,), "rows": DECIDING}}},
-    "english": {**SCALE, "models": {"0.23M": {
+        "learning_rates": (4e-3, 8e-3, 16e-3), "rows": DECIDING}}},
+    "english": {**OWN, "models": {"0.23M": {
         **CPU_MODEL, "keys": {"dataset": "data/gcide", "compile": True},
         "more_rates": {**MORE_RATES, BASELINE: (16e-3,)}, "rows": DECIDING}}},
 }

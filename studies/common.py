@@ -18,6 +18,7 @@ A study is a plain file of these names:
                      "tuning_seeds": the seeds that tune (the first), which may only tune,
                      "tuned": the rows whose rate is tuned besides the first's, in place of all,
                      "follows": {label: the label whose own rate it takes over},
+                     "own_rates_only": tuned rows do not run at the first row's rate besides,
                      "rows": {label: keys at this scale only}}}
 A model is {"config": file, "keys": keys, "learning_rates": grid} and, if need be, "rows": the
 labels that it runs, "tuning": keys that replace the others while learning rates are tuned, and

@@ -61,6 +61,7 @@ class Study:
     tuning_seeds: tuple = ()
     tuned: tuple | None = None
     follows: dict = field(default_factory=dict)  # {row: the row whose own rate it takes over}
+    own_rates_only: bool = False  # a row that is tuned does not run at the first row's rate
     panels: list = field(default_factory=list)
     picture: str = "relative loss"
     rule: dict = field(default_factory=dict)
@@ -127,8 +128,14 @@ class Study:
         """Every row at the first row's best rate, and at its own. best {(model, row): rate}"""
         cells = [Cell(model, row, best.get((model, tuned)), seed) for model in self.models
                  for seed in seeds for row in self.rows_of(model) if row in rows
-                 for tuned in ((row,) if row in self.follows else (self.rows_of(model)[0], row))]
+                 for tuned in self.rates_from(model, row)]
         return list(dict.fromkeys(cell for cell in cells if cell.learning_rate is not None))
+
+    def rates_from(self, model, row):
+        """The rows whose best rates a row runs at."""
+        if row in self.follows or self.own_rates_only and row in self.tuned_rows(model):
+            return (row,)
+        return (self.rows_of(model)[0], row)
 
     def select_rows(self, labels):
         """These rows, those they are compared with or whose rate they take over, and the first,

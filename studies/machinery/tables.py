@@ -230,22 +230,27 @@ def readme(folder):
                                f"ours, {OURS} (of our loss)", "its sign"], rows))
 
 
+def primary_of(folder, scales):
+    """[(where, comparison, its difference at own rates, how many seeds it is to have), ...] of the
+    primary comparisons of studies/adopt.py at these scales."""
+    paths = [Path(folder) / f"adopt_{scale}.json" for scale in scales]
+    return [(f"{model}, {results['scale']}", c, c.get("own"), len(results["seeds"]))
+            for results in map(read, filter(Path.is_file, paths))
+            for model, c in comparisons_of(results)
+            if [c["row"], c["other"]] in results["primary"]]
+
+
 def primary_table(folder):
     """The primary comparisons of studies/adopt.py, with Holm's p-values once all four have all of
-    their seeds."""
-    found = []
-    for path in (Path(folder) / f"adopt_{scale}.json" for scale in ("cpu", "long")):
-        results = read(path) if path.is_file() else {"results": {}}
-        found += [(f"{model}, {results['scale']}", c, c.get("own"), len(results["seeds"]))
-                  for model, c in comparisons_of(results)
-                  if [c["row"], c["other"]] in results["primary"]]
+    their seeds; below them the fifth, which was named later and stands alone."""
+    found, fifth = (primary_of(folder, scales) for scales in (("cpu", "long"), ("confirm",)))
     whole = len(found) == 4 and all(own and own["seeds"] >= seeds for _, _, own, seeds in found)
-    adjusted = [None] * len(found)
+    adjusted = [None] * len(found + fifth)
     if whole:  # a comparison with a run that diverged has no p, and takes part as if it were 1
         values = [p_value(own) for _, _, own, _ in found]
-        adjusted = holm([1.0 if p is None else p for p in values])
+        adjusted[:4] = holm([1.0 if p is None else p for p in values])
     rows = []
-    for (where, c, own, seeds), holms in zip(found, adjusted):
+    for (where, c, own, seeds), holms in zip(found + fifth, adjusted):
         documents = (own or {}).get("documents")
         p_values = [f"{p:.2g}" if p is not None else "" for p in (p_value(own), holms)]
         rows.append([where, c["row"], c["other"], interval(own) or "not run", relative(own),

@@ -208,6 +208,12 @@ def test_two_phases():
     assert evidence.best_rates(losses, first, whole=False) == {("m", "a"): 4e-3, ("m", "b"): 2e-3}
     assert [c[1:3] for c in wider.seed_cells(wider.rows, (1,), best)] == [
         ("a", 2e-3), ("b", 2e-3), ("b", 4e-3), ("c", 4e-3)]
+    wider.own_rates_only = True  # c, which is not tuned, would run at a's rate if it did not follow
+    assert [c[1:3] for c in wider.seed_cells(wider.rows, (1,), best)] == [
+        ("a", 2e-3), ("b", 4e-3), ("c", 4e-3)]
+    wider.follows = {}
+    assert [c[1:3] for c in wider.seed_cells(["c"], (1,), {**best, ("m", "c"): None})] == [
+        ("c", 2e-3)]
     figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
     assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
     assert wider.select_rows(["c"]) == ["a", "b", "c"]
@@ -397,6 +403,16 @@ def test_all_windows_count_on_seeds_that_count(tmp_path):
         (tmp_path / f"adopt_{scale}.json").write_text(as_text(twice), encoding="utf-8")
     page = tables.primary_table(tmp_path)
     assert page.count("diverged (1 of 5 seeds)") == 4 and "still to be made" not in page
+
+    # the fifth stands below the four, without a part in their Holm's p
+    fifth = {**found, "scale": "confirm", "primary": [["b", "a"]], "results": {"m": {
+        "comparisons": [{**primary, "own": {**primary["own"], "low": 2.9, "high": 3.1}}]}}}
+    (tmp_path / "adopt_confirm.json").write_text(as_text(fifth), encoding="utf-8")
+    *four, last = tables.primary_table(tmp_path).splitlines()[2:]
+    assert len(four) == 4 and all(line.endswith("|  | 1 |") for line in four)
+    p = evidence.p_value({**primary["own"], "low": 2.9, "high": 3.1})
+    assert last.startswith("| m, confirm | b | a | +3.0000 [+2.9000")
+    assert last.endswith(f"| {p:.2g} |  |")
 
     with pytest.raises(ValueError, match="every_window needs tuning seeds that do not count"):
         tiny_study(every_window=True)
