@@ -96,7 +96,8 @@ scales = {
     # compiled
     "muon": {**OWN, "models": {"0.23M": {
         **CPU_MODEL, "keys": {"optimizer": "muon", "compile": True},
-        "learning_rates": (4e-3, 8e-3, 16e-3), "rows": DECIDING}}},
+        "learning_rates": (4e-3, 8e-3, 16e-3), "more_rates": {BUT_THE_HEAD: (2e-3,)},
+        "rows": DECIDING}}},
     "english": {**OWN, "models": {"0.23M": {
         **CPU_MODEL, "keys": {"dataset": "data/gcide", "compile": True},
         "more_rates": {**MORE_RATES, BASELINE: (16e-3,)}, "rows": DECIDING}}},
