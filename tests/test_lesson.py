@@ -66,4 +66,4 @@ def test_its_numbers_stand_in_the_studies():
     studies = "".join((ROOT / path).read_text(encoding="utf-8")
                       for path in ("docs/studies.md", "docs/adopt.md"))
     found = re.findall(r"[−+][\d.]+ \[[−+][\d.]+, [−+][\d.]+\]", LESSON)
-    assert len(found) == 9 and all(number in studies for number in found)
+    assert len(found) == 10 and all(number in studies for number in found)

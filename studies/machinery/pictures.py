@@ -103,11 +103,24 @@ def compared(results, protocol="tuned", others=()):
 
 
 def forest(results):
-    """Every row against the first, each at its own rate where it has one."""
-    lines = compared(results, "own", [next(iter(results["rows"]))])
+    """Every row against the first, each at its own rate where it has one, and below that, hollow,
+    both at the first row's rate where that is another difference."""
+    first = next(iter(results["rows"]))
+    lines = compared(results, "own", [first])
     figure, axis = plt.subplots(figsize=(WIDTH, 1.6 + 0.42 * max(4, len(lines))),
                                 layout="constrained")
     forest_panel(axis, results, lines)
+    tuned = {line[:2]: line[3] for line in compared(results, "tuned", [first])}
+    hollow = [(place + 0.22, row, tuned[model, row])
+              for place, (model, row, _, own, _) in enumerate(lines)
+              if tuned.get((model, row), own)["difference"] != own["difference"]
+              and tuned[model, row]["low"] is not None]
+    for place, row, found in hollow:
+        color = color_of(results, row)
+        axis.plot([found["low"], found["high"]], [place, place], color=color, linewidth=1)
+        axis.plot(found["difference"], place, "o", color=color, mfc="white", markersize=5)
+    if hollow:
+        axis.set_xlabel(f"{axis.get_xlabel()}\n○: at the rate of {first}", fontsize=8)
     if times := results["step_times"]:
         axis.text(1.02, 1.01, times["what"], fontsize=7, va="bottom", transform=axis.transAxes)
         for place, (_, row, *_) in enumerate(lines):

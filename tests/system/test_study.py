@@ -208,15 +208,16 @@ def test_two_phases():
     assert evidence.best_rates(losses, first, whole=False) == {("m", "a"): 4e-3, ("m", "b"): 2e-3}
     assert [c[1:3] for c in wider.seed_cells(wider.rows, (1,), best)] == [
         ("a", 2e-3), ("b", 2e-3), ("b", 4e-3), ("c", 4e-3)]
-    wider.own_rates_only = True  # c, which is not tuned, would run at a's rate if it did not follow
+    figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
+    assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
+    assert wider.select_rows(["c"]) == ["a", "b", "c"]
+
+    wider.own_rates_only = True  # b leaves out a's rate; c, which is not tuned, cannot
     assert [c[1:3] for c in wider.seed_cells(wider.rows, (1,), best)] == [
         ("a", 2e-3), ("b", 4e-3), ("c", 4e-3)]
     wider.follows = {}
     assert [c[1:3] for c in wider.seed_cells(["c"], (1,), {**best, ("m", "c"): None})] == [
         ("c", 2e-3)]
-    figure_5 = load_study(ROOT / "studies" / "figure_5_step_by_step.py", "cpu")
-    assert figure_5.select_rows(["HG + DP"]) == ["baseline", "HG", "HG + DP"]  # and those it needs
-    assert wider.select_rows(["c"]) == ["a", "b", "c"]
 
     long = load_study(FIGURE_6, "long")
     grid = long.tuning_cells(["baseline"])[:3]
@@ -726,3 +727,28 @@ def test_pictures_do_not_compare_what_cannot_be():
     axis, = learning_rates(results).axes
     lines = {line.get_label(): len(line.get_xdata()) for line in axis.lines}
     assert lines["a"] == 1 and lines["b"] == 0
+
+
+def test_a_forest_shows_a_row_at_both_rates():
+    """Filled at its own rate, hollow at the first row's where that is another difference, with an
+    interval; below the axis it says so."""
+    pytest.importorskip("matplotlib", reason="pictures need the optional package matplotlib")
+    from studies.machinery.pictures import forest
+
+    def found(mean, **ends):
+        return {"difference": mean, "low": mean - 1, "high": mean + 2, "seeds": 4, **ends}
+    both = [("b", found(3.0), found(5.0)), ("c", found(-7.0), found(-7.0)),
+            ("d", found(11.0, low=None, high=None), found(13.0)), ("e", None, found(17.0))]
+    results = {"rows": dict.fromkeys("abcde"), "paper_losses": {}, "step_times": {}, "results": {
+        "m": {"comparisons": [{"row": row, "other": "a", "paper": {}, "tuned": tuned, "own": own}
+                              for row, tuned, own in both]}}}
+    axis, = forest(results).axes
+    dots = [(line.get_xdata()[0], line.get_markerfacecolor() == "white")
+            for line in axis.lines if line.get_marker() == "o"]
+    assert sorted(dots) == [(-7.0, False), (3.0, True), (5.0, False), (13.0, False), (17.0, False)]
+    assert axis.get_xlabel().endswith("\n○: at the rate of a")
+    assert [2.0, 5.0] in [list(line.get_xdata()) for line in axis.lines]
+
+    for c in results["results"]["m"]["comparisons"]:
+        c["tuned"] = c["own"]
+    assert "○" not in forest(results).axes[0].get_xlabel()
