@@ -95,9 +95,10 @@ scales = {
     "confirm": {**OWN, "seeds": tuple(range(21, 51)), "tuning_seeds": SEEDS, "models": {"0.23M": {
         **CPU_MODEL, "keys": {"compile": True}, "learning_rates": (4e-3, 8e-3), "tuning": AS_CPU,
         "rows": (MODERN, "unified")}}},
-    # exploratory: `long` at twice the size, at the rates of 0.23M
-    "larger": {**OWN, "models": {"0.46M": {**LONG["0.46M"], "tuning": AS_CPU,
-                                           "more_rates": MORE_RATES, "rows": (MODERN, "unified")}}},
+    # exploratory, not run yet: `long` at twice the size, at the rates of `confirm`
+    "larger": {**OWN, "seeds": tuple(range(21, 31)), "tuning_seeds": SEEDS, "models": {"0.46M": {
+        **LONG["0.46M"], "learning_rates": (4e-3, 8e-3), "tuning": AS_CPU,
+        "rows": (MODERN, "unified")}}},
     # exploratory: another optimizer, tuned around 8e-3, figure 8's rate, and another corpus;
     # compiled
     "muon": {**OWN, "models": {"0.23M": {
