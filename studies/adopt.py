@@ -5,8 +5,8 @@ The protocol, written before the first run:
 
 Seeds 11 to 20 count, and nobody had looked at them. Seeds 1 and 2 only choose learning rates, over
 (2e-3, 4e-3, 8e-3) at the scale `cpu`, for the four rows that decide. A row's own rate is the one of
-least mean loss on these two. Every other row runs at the rate of the first row. The scale `long`
-takes over the rates that were chosen at `cpu`.
+least mean loss on these two. Every other row runs at the rate of the first row, those that have
+Q/K-norm at Q/K-norm's. The scale `long` takes over the rates that were chosen at `cpu`.
 
 Four comparisons are primary, each at the rows' own rates: unified, and unified but the head, each
 against Q/K-norm without decay on γ, at 5.6 tokens a parameter (`cpu`) and at 20 (`long`). What

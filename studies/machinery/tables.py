@@ -30,7 +30,9 @@ README_ROWS = (
      "baseline without decay on γ", "own"),
     ("ours: unified, against Q/K-norm without decay on γ, each at the rate of ten seeds, on thirty "
      "other seeds", "adopt_confirm", "unified", "Q/K-norm without decay on γ", "own"),
-    ("ours: the same, each at the rate of two seeds, on ten seeds", "adopt_cpu", "unified",
+    ("ours: and at 20 tokens a parameter, at the same rates, on ten seeds", "adopt_long", "unified",
+     "Q/K-norm without decay on γ", "tuned"),
+    ("ours: at 5.6 tokens again, each at the rate of two seeds, on ten", "adopt_cpu", "unified",
      "Q/K-norm without decay on γ", "own"),
     ("ours: and at 20 tokens a parameter", "adopt_long", "unified",
      "Q/K-norm without decay on γ", "own"),
@@ -41,9 +43,8 @@ README_ROWS = (
      "unified", "Q/K-norm without decay for 16% more steps", "own"),
     ("ours: DNP + OR + IWD, against unified, which has HG besides", "adopt_cpu", "DNP + OR + IWD",
      "unified", "tuned"),
-    ("ours: unified but the head, against Q/K-norm at the rate of two seeds", "adopt_cpu",
-     "unified but the head",
-     "Q/K-norm without decay on γ", "own"),
+    ("ours: unified but the head, against Q/K-norm without decay on γ, each at the rate of two "
+     "seeds", "adopt_cpu", "unified but the head", "Q/K-norm without decay on γ", "own"),
     ("ours: and at 20 tokens a parameter", "adopt_long", "unified but the head",
      "Q/K-norm without decay on γ", "own"))
 
